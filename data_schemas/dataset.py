@@ -1,0 +1,263 @@
+"""A data set, declared by one TOML file.
+
+Enters: a path, or the name of a file in `data_schemas/datasets/`.
+Leaves: a frozen `DatasetSpec`; or a `SpecError` that names the field, its value and what is allowed.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_schemas.errors import SpecError
+
+DATASETS_FOLDER = Path(__file__).parent / "datasets"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
+
+OWN_COLUMNS = frozenset({"event_time", "label", "event_key", "event_date", "event_hour"})
+"""Columns that the click log adds itself; a feature may only be called so where it is that very column."""
+
+
+class _Declared(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TimeColumn(_Declared):
+    """When an event happened."""
+
+    column: str = ""
+    """Name in the file; empty only where `format` is `row_order`."""
+    zone: str = "UTC"
+    """IANA zone of times that carry none, such as `Asia/Seoul`; times that a change of clocks skips or repeats are
+    rejected."""
+    format: str = "iso"
+    """`iso`, `unix_seconds`, `unix_milliseconds`, `row_order`, or a strptime pattern such as `%y%m%d%H`."""
+    start: str = ""
+    """With `row_order`: the ISO time of the first row of the first file."""
+    rows_per_hour: Annotated[int, Field(ge=0)] = 0
+    """With `row_order`: how many rows make an hour. For logs in order of time that lost their time column."""
+
+    @field_validator("zone")
+    @classmethod
+    def _zone_exists(cls, zone: str) -> str:
+        try:
+            ZoneInfo(zone)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{zone!r} is not an IANA time zone; use a name such as 'UTC' or 'Europe/Berlin'") from error
+        return zone
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.format == "row_order":
+            if not self.start or self.rows_per_hour < 1:
+                raise ValueError("format 'row_order' needs 'start' (an ISO time) and 'rows_per_hour' of at least 1")
+        elif not self.column:
+            raise ValueError("'column' must name the time column of the file")
+        if self.format not in ("iso", "unix_seconds", "unix_milliseconds", "row_order") and "%" not in self.format:
+            raise ValueError(
+                f"unknown format {self.format!r}; use 'iso', 'unix_seconds', 'unix_milliseconds', 'row_order' "
+                "or a strptime pattern such as '%Y-%m-%d %H:%M'"
+            )
+        return self
+
+
+class LabelColumn(_Declared):
+    """What counts as a click."""
+
+    column: str
+    positive_from: float = 1.0
+    """A value of at least this is a click, a smaller one is none: 1 for 0/1 labels, 4 for ratings of 1 to 5."""
+
+
+class FileDialect(_Declared):
+    """How a delimited text file is written."""
+
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    columns: tuple[str, ...] = ()
+    """Names of the columns where the file has no header line."""
+
+
+class Categorical(_Declared):
+    """One id, or a list of ids, looked up in an embedding table of its own."""
+
+    name: Name
+    column: str = ""
+    """Name in the file, where it differs from `name`."""
+    type: Literal["integer", "string"] = "string"
+    many: bool = False
+    """True: each row has a list of ids, whose embeddings are averaged."""
+    separator: Annotated[str, Field(min_length=1, max_length=1)] = "|"
+    """Between the ids of a list in a text file."""
+    max_length: Annotated[int, Field(ge=1, le=1000)] = 100
+    """A list longer than this rejects its row."""
+    capacity: Annotated[int, Field(ge=2, le=2**40)] = 2**20
+    """Rows of the table. Ids are hashed into them."""
+    embedding_dim: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 16
+    """Length of an id's embedding; a multiple of 4, as the fused kernels need."""
+    from_time: Literal["hour_of_day", "hour_of_week"] | None = None
+    """Derived from the event time instead of read from a column."""
+
+    @property
+    def source(self) -> str:
+        """Name of the column in the file."""
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _derived_is_single(self) -> Self:
+        if self.from_time and (self.many or self.column):
+            raise ValueError(f"{self.name!r} is derived from the time: leave out 'many' and 'column'")
+        return self
+
+
+class Numeric(_Declared):
+    """One number, normalised by its running mean and variance; a missing value has a flag of its own."""
+
+    name: Name
+    column: str = ""
+    lower: float = float("-inf")
+    upper: float = float("inf")
+    """A value outside [lower, upper] rejects its row."""
+    transform: Literal["none", "log1p"] = "none"
+    """`log1p` is sign(x) * log(1 + |x|), for counts and prices."""
+
+    @property
+    def source(self) -> str:
+        """Name of the column in the file."""
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if not self.lower < self.upper:
+            raise ValueError(f"'lower' must be below 'upper', got {self.lower} and {self.upper}")
+        return self
+
+
+class DatasetSpec(_Declared):
+    """Everything tidemark knows about a click log before it reads the first row."""
+
+    name: Name
+    description: str = ""
+    time: TimeColumn
+    label: LabelColumn | None = None
+    """None: the log holds clicks only."""
+    user: Name | None = None
+    """Name of the feature that identifies the user; None: no figures by user."""
+    item: Name | None = None
+    """Name of the feature that identifies the item."""
+    event_key: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Columns of the file that make an event unique, features or not; a second row with the same values is dropped as a
+    duplicate. `*` alone means every column that the spec names."""
+    file: FileDialect = FileDialect()
+    categorical: Annotated[tuple[Categorical, ...], Field(min_length=1)]
+    numeric: tuple[Numeric, ...] = ()
+
+    @field_validator("event_key", "categorical", "numeric", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _names_fit_together(self) -> Self:
+        names = [*(feature.name for feature in self.categorical), *(feature.name for feature in self.numeric)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"feature {name!r} is declared {names.count(name)} times; give each its own name")
+            if name in OWN_COLUMNS:
+                raise ValueError(f"feature name {name!r} is taken by the click log; choose another 'name' and set 'column'")
+        for role in ("user", "item"):
+            feature = getattr(self, role)
+            known = [c.name for c in self.categorical if not c.many and not c.from_time]
+            if feature is not None and feature not in known:
+                raise ValueError(f"{role!r} is {feature!r}, which is no single-id categorical feature; choose one of {known}")
+        if "*" in self.event_key and self.event_key != ("*",):
+            raise ValueError("event_key '*' (the whole row) stands alone; leave out the other columns")
+        return self
+
+    @property
+    def has_labels(self) -> bool:
+        """False for a log of clicks only."""
+        return self.label is not None
+
+    def logged_categorical(self) -> Iterator[Categorical]:
+        """The categorical features that are stored in the click log (not those derived from the time)."""
+        return (feature for feature in self.categorical if feature.from_time is None)
+
+    def source_columns(self) -> list[str]:
+        """Columns that a file must have, in the order of the spec."""
+        label = [self.label.column] if self.label else []
+        time = [self.time.column] if self.time.column else []
+        features = [f.source for f in self.logged_categorical()] + [f.source for f in self.numeric]
+        keys = [key for key in self.event_key if key != "*"]
+        return list(dict.fromkeys([*time, *label, *features, *keys]))
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when the features change, and not with names, descriptions or file dialects."""
+        features = [f.model_dump() for f in (*self.categorical, *self.numeric)]
+        text = json.dumps([features, self.user, self.item, self.has_labels], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_spec(name_or_path: str | Path) -> DatasetSpec:
+    """The spec in a TOML file, or the shipped one of that name.
+
+    >>> load_spec("brunch").item
+    'item_id'
+
+    Raises:
+        SpecError: no such file, not TOML, or a field is wrong; the message names the field.
+    """
+    path = _find(name_or_path)
+    try:
+        declared = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return DatasetSpec.model_validate(_as_tuples(declared))
+    except ValidationError as error:
+        raise SpecError(f"{path.name}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def known_datasets() -> list[str]:
+    """Names of the shipped specs."""
+    return sorted(path.stem for path in DATASETS_FOLDER.glob("*.toml"))
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise SpecError(f"no data set file at {path}; write one (the shipped ones are in {DATASETS_FOLDER.name}/)")
+        return path
+    shipped = DATASETS_FOLDER / f"{name_or_path}.toml"
+    if str(name_or_path) not in known_datasets():
+        raise SpecError(f"unknown data set {str(name_or_path)!r}; use one of {known_datasets()} or a path that ends in .toml")
+    return shipped
+
+
+def _as_tuples(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _as_tuples(inner) for key, inner in value.items()}
+        case list():
+            return tuple(_as_tuples(inner) for inner in value)
+        case _:
+            return value
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"]) or "the file"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{field}: unknown setting"
+        case "missing":
+            return f"{field}: missing"
+        case "value_error":
+            return f"{field}: {problem['ctx']['error']}"
+        case _:
+            return f"{field}: {problem['msg']}, got {problem['input']!r}"

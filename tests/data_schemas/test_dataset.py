@@ -1,0 +1,137 @@
+"""The declaration of a data set."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_schemas.dataset import DATASETS_FOLDER, DatasetSpec, known_datasets, load_spec
+from data_schemas.errors import SpecError
+
+GOOD = """
+name = "shop"
+user = "user_id"
+event_key = ["event_id"]
+[time]
+column = "at"
+[label]
+column = "clicked"
+[[categorical]]
+name = "user_id"
+type = "integer"
+[[categorical]]
+name = "tags"
+many = true
+[[categorical]]
+name = "hour"
+from_time = "hour_of_day"
+[[numeric]]
+name = "price"
+lower = 0.0
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "shop.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", known_datasets())
+def test_every_shipped_spec_loads_under_its_own_name(name: str) -> None:
+    assert load_spec(name).name == name
+
+
+def test_a_spec_is_found_by_path_and_lists_the_columns_that_a_file_needs(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, GOOD))
+    assert spec.source_columns() == ["at", "clicked", "user_id", "tags", "price", "event_id"]
+    assert [feature.name for feature in spec.logged_categorical()] == ["user_id", "tags"]
+    assert spec.has_labels
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('column = "at"', 'column = "at"\nzone = "Mars/Base"', ["time.zone", "Mars/Base"]),
+        ('column = "at"', 'column = "at"\nformat = "epoch"', ["time", "epoch", "unix_seconds"]),
+        ('column = "at"', 'format = "row_order"', ["time", "rows_per_hour"]),
+        ('type = "integer"', 'type = "float"', ["categorical.0.type", "float"]),
+        ('type = "integer"', "capacity = 1", ["categorical.0.capacity", "1"]),
+        ('type = "integer"', "embedding_dim = 6", ["categorical.0.embedding_dim"]),
+        ('type = "integer"', "colour = 3", ["categorical.0.colour", "unknown"]),
+        ('user = "user_id"', 'user = "tags"', ["user", "tags", "user_id"]),
+        ('name = "tags"', 'name = "user_id"', ["user_id", "2 times"]),
+        ('name = "tags"', 'name = "label"', ["label", "taken"]),
+        ('name = "tags"', 'name = "ta gs"', ["categorical.1.name"]),
+        ("lower = 0.0", "lower = 2.0\nupper = 1.0", ["numeric.0", "lower", "upper"]),
+        ('event_key = ["event_id"]', "event_key = []", ["event_key"]),
+        ('event_key = ["event_id"]', 'event_key = ["*", "a"]', ["event_key", "*"]),
+        ('from_time = "hour_of_day"', 'from_time = "hour_of_day"\nmany = true', ["categorical.2", "hour"]),
+        ('name = "shop"', "", ["name", "missing"]),
+        ('name = "shop"', "name = shop", ["TOML"]),
+    ],
+)
+def test_a_wrong_spec_fails_at_load_and_names_the_field(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in GOOD
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(tmp_path, GOOD.replace(old, new)))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(SpecError, match=r"unknown data set 'brunhc'.*'brunch'"):
+        load_spec("brunhc")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="nowhere"):
+        load_spec(tmp_path / "nowhere.toml")
+
+
+def test_the_fingerprint_changes_with_features_and_with_nothing_else(tmp_path: Path) -> None:
+    before = load_spec(write(tmp_path, GOOD)).fingerprint()
+    assert load_spec(write(tmp_path, GOOD.replace('"shop"', '"shop2"'))).fingerprint() == before
+    assert load_spec(write(tmp_path, GOOD.replace("lower = 0.0", "lower = 1.0"))).fingerprint() != before
+    assert load_spec(write(tmp_path, GOOD.replace('[label]\ncolumn = "clicked"', ""))).fingerprint() != before
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places_in(declared: dict[str, Any]) -> list[tuple[str, ...]]:
+    tables = [(name, key) for name, value in declared.items() if isinstance(value, dict) for key in value]
+    return [(name,) for name in declared] + tables
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), name=st.sampled_from(known_datasets()))
+def test_a_spec_with_any_value_replaced_is_a_spec_or_an_error_of_validation(data: st.DataObject, name: str) -> None:
+    declared = tomllib.loads((DATASETS_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    *parents, last = data.draw(st.sampled_from(places_in(declared)))
+    level: Any = declared
+    for parent in parents:
+        level = level[parent]
+    level[last] = data.draw(VALUES)
+    try:
+        spec = DatasetSpec.model_validate(declared)
+    except ValueError:
+        return
+    assert spec.source_columns()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(max_size=200), cut=st.integers(0, len(GOOD)))
+def test_any_bytes_in_a_spec_are_a_spec_or_a_spec_error(tmp_path: Path, noise: bytes, cut: int) -> None:
+    path = tmp_path / "noise.toml"
+    path.write_bytes(GOOD[:cut].encode() + noise + GOOD[cut:].encode())
+    try:
+        load_spec(path)
+    except SpecError:
+        return
