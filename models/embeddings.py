@@ -1,0 +1,183 @@
+"""Embedding tables whose optimizer runs inside the backward pass (torchrec over fbgemm).
+
+Enters: a KeyedJaggedTensor of table rows. Leaves: `Pooled`, one embedding and one wide weight a feature.
+
+Letters: B rows of the batch, F features, S the sum of the embedding lengths of all features.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torchrec.distributed.types import ShardedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from data_schemas.dataset import Categorical
+from data_schemas.errors import CorruptCheckpoint
+
+SparseOptimizer = Literal["adagrad", "rowwise_adagrad"]
+
+WIDE_DIM = 4
+"""The fused kernels want a multiple of 4; the first column is the wide weight, the others stay zero."""
+INITIAL_BOUND = 0.01 * 3**0.5
+"""Embeddings start uniform with a standard deviation of .01."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """What the tables give for a batch; lists are averaged, an empty list is zero."""
+
+    deep_BS: torch.Tensor
+    """Embeddings of all features side by side, in the order of `EmbeddingTables.feature_names`."""
+    wide_BF: torch.Tensor
+    """One weight a feature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSlice:
+    """A rectangle of a table or of its optimizer's state, as one process holds it."""
+
+    name: str
+    row: int
+    column: int
+    tensor: torch.Tensor
+    """`[rows, columns]`; the live storage, not a copy."""
+
+
+class EmbeddingTables(nn.Module):
+    """One fused table a feature for its embedding, and one for its wide weight.
+
+    The deep tables have Adagrad by row (one accumulator a row) or by coordinate; the wide ones always by coordinate
+    (Duchi et al. 2011), which is what makes one pass over a small stream learn as well as a linear learner does.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Categorical],
+        *,
+        sparse_optimizer: SparseOptimizer,
+        sparse_learning_rate: float,
+        wide_learning_rate: float,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        features = sorted(features, key=lambda feature: feature.many)
+        self.feature_names = [feature.name for feature in features]
+        """Order of the outputs: torchrec groups tables by pooling, so single ids come before lists."""
+        self.dims = [feature.embedding_dim for feature in features]
+        deep = [_table(feature, "deep", feature.embedding_dim, INITIAL_BOUND) for feature in features]
+        wide = [_table(feature, "wide", WIDE_DIM, 0.0) for feature in features]
+        by_row = sparse_optimizer == "rowwise_adagrad"
+        self.deep = FusedEmbeddingBagCollection(
+            deep,
+            optimizer_type=RowWiseAdagrad if by_row else torch.optim.Adagrad,
+            optimizer_kwargs={"lr": sparse_learning_rate},
+            device=device,
+        )
+        self.wide = FusedEmbeddingBagCollection(
+            wide, optimizer_type=torch.optim.Adagrad, optimizer_kwargs={"lr": wide_learning_rate}, device=device
+        )
+
+    def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
+        """Looks every id up once. Backward through the result steps the tables at once: call it once a step."""
+        deep_BS = _in_order(self.deep(sparse), self.feature_names)
+        wide_BF = _in_order(self.wide(sparse), self.feature_names)[:, ::WIDE_DIM]
+        return Pooled(deep_BS=deep_BS, wide_BF=wide_BF)
+
+    def set_learning_rates(self, *, sparse: float, wide: float) -> None:
+        """Takes effect with the next backward pass."""
+        for collection, rate in ((self.deep, sparse), (self.wide, wide)):
+            optimizer = _optimizer(collection)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+    def slices(self, *, with_optimizer: bool = True) -> Iterator[TableSlice]:
+        """Every rectangle of weights, and of optimizer state if asked for, that this process holds.
+
+        Of a wide table that is its first column: the others are zero for good.
+        """
+        for part, collection, columns in (("deep", self.deep, None), ("wide", self.wide, 1)):
+            for key, tensor in collection.state_dict().items():
+                yield from _rectangles(f"{part}.{_table_name(key)}.weight", tensor, columns)
+            if with_optimizer:
+                for table, state in _optimizer(collection).state_dict()["state"].items():
+                    for tensor in state.values():
+                        yield from _rectangles(f"{part}.{_table_name(table)}.accumulator", tensor, columns)
+
+    def load_slices(self, saved: Mapping[str, Sequence[TableSlice]], *, with_optimizer: bool = True) -> None:
+        """Fills this process's rectangles from saved ones, however those were cut.
+
+        Raises:
+            CorruptCheckpoint: a part of a table is not among the saved slices.
+        """
+        with torch.no_grad():
+            for own in self.slices(with_optimizer=with_optimizer):
+                filled = sum(_copy_overlap(piece, own) for piece in saved.get(own.name, ()))
+                if filled != own.tensor.numel():
+                    raise CorruptCheckpoint(
+                        f"table {own.name}: {filled} of {own.tensor.numel()} values are in the checkpoint; "
+                        "restore an older version, or start a new model under another model_name"
+                    )
+
+
+def _in_order(pooled: KeyedTensor, names: list[str]) -> torch.Tensor:
+    """The values side by side in the order of `names`; sharded collections answer in an order of their own."""
+    values: torch.Tensor = pooled.values() if pooled.keys() == names else torch.cat([pooled[name] for name in names], 1)
+    return values
+
+
+def _table(feature: Categorical, part: str, dim: int, bound: float) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=f"{part}_{feature.name}",
+        feature_names=[feature.name],
+        num_embeddings=feature.capacity,
+        embedding_dim=dim,
+        pooling=PoolingType.MEAN if feature.many else PoolingType.SUM,
+        weight_init_min=-bound,
+        weight_init_max=bound,
+    )
+
+
+def _optimizer(collection: nn.Module) -> KeyedOptimizer:
+    """A property of the sharded collection, a method of the plain one."""
+    optimizer: Any = collection.fused_optimizer
+    return optimizer() if inspect.ismethod(optimizer) else optimizer
+
+
+def _table_name(key: str) -> str:
+    """`embedding_bags.deep_user.weight` and `deep_user.weight` are both of the feature `user`."""
+    return key.split(".")[-2].split("_", 1)[1]
+
+
+def _rectangles(name: str, tensor: torch.Tensor | ShardedTensor, columns: int | None) -> Iterator[TableSlice]:
+    if not isinstance(tensor, ShardedTensor):
+        yield TableSlice(name=name, row=0, column=0, tensor=_as_matrix(tensor)[:, :columns])
+        return
+    for shard in tensor.local_shards():
+        row, column = (*shard.metadata.shard_offsets, 0)[:2]
+        yield TableSlice(name=name, row=row, column=column, tensor=_as_matrix(shard.tensor)[:, :columns])
+
+
+def _copy_overlap(piece: TableSlice, own: TableSlice) -> int:
+    """Copies what both rectangles cover; the number of values copied."""
+    source, target = piece.tensor, own.tensor
+    top, left = max(piece.row, own.row), max(piece.column, own.column)
+    bottom = min(piece.row + source.shape[0], own.row + target.shape[0])
+    right = min(piece.column + source.shape[1], own.column + target.shape[1])
+    if top >= bottom or left >= right:
+        return 0
+    inside = source[top - piece.row : bottom - piece.row, left - piece.column : right - piece.column]
+    target[top - own.row : bottom - own.row, left - own.column : right - own.column].copy_(inside)
+    return inside.numel()
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor

@@ -1,0 +1,116 @@
+"""Embedding tables against torch's own embeddings and Adagrad."""
+
+import numpy as np
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from data_schemas.dataset import Categorical
+from data_schemas.errors import CorruptCheckpoint
+from models.embeddings import EmbeddingTables, SparseOptimizer, TableSlice
+
+FEATURES = [
+    Categorical(name="tags", many=True, capacity=7, embedding_dim=4),
+    Categorical(name="user", capacity=11, embedding_dim=4),
+    Categorical(name="item", capacity=5, embedding_dim=8),
+]
+
+
+def _tables(optimizer: SparseOptimizer = "adagrad", seed: int = 0) -> EmbeddingTables:
+    torch.manual_seed(seed)
+    return EmbeddingTables(
+        FEATURES, sparse_optimizer=optimizer, sparse_learning_rate=0.1, wide_learning_rate=0.2, device=torch.device("cpu")
+    )
+
+
+def _weights(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
+    return {piece.name: piece.tensor.clone() for piece in tables.slices()}
+
+
+def _batch() -> KeyedJaggedTensor:
+    """Three rows: users 1, 1, 3; items 0, 4, 4; tags [2, 3], [], [2]."""
+    return KeyedJaggedTensor(
+        keys=["user", "item", "tags"],
+        values=torch.tensor([1, 1, 3, 0, 4, 4, 2, 3, 2]),
+        lengths=torch.tensor([1, 1, 1, 1, 1, 1, 2, 0, 1], dtype=torch.int32),
+    )
+
+
+def test_pooled_embeddings_equal_a_lookup_by_hand() -> None:
+    tables = _tables()
+    weights = _weights(tables)
+    pooled = tables(_batch())
+    assert tables.feature_names == ["user", "item", "tags"]
+    tags = weights["deep.tags.weight"]
+    expected = torch.cat(
+        [
+            weights["deep.user.weight"][[1, 1, 3]],
+            weights["deep.item.weight"][[0, 4, 4]],
+            torch.stack([tags[[2, 3]].mean(0), torch.zeros(4), tags[2]]),
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(pooled.deep_BS, expected)
+    assert pooled.wide_BF.shape == (3, 3)
+
+
+def test_a_step_equals_torch_adagrad_on_summed_gradients() -> None:
+    tables = _tables()
+    before = _weights(tables)
+    generator = torch.Generator().manual_seed(1)
+    pooled = tables(_batch())
+    gradient_BS = torch.randn(pooled.deep_BS.shape, generator=generator)
+    gradient_BF = torch.randn(pooled.wide_BF.shape, generator=generator)
+    torch.autograd.backward([pooled.deep_BS, pooled.wide_BF], [gradient_BS, gradient_BF])
+
+    for part, column, gradient, rate in (("deep", slice(0, 4), gradient_BS, 0.1), ("wide", slice(0, 1), gradient_BF, 0.2)):
+        weight = torch.nn.Parameter(before[f"{part}.user.weight"].clone())
+        optimizer = torch.optim.Adagrad([weight], lr=rate, eps=1e-8)
+        weight.grad = torch.zeros_like(weight).index_add(0, torch.tensor([1, 1, 3]), gradient[:, column])
+        optimizer.step()
+        torch.testing.assert_close(_weights(tables)[f"{part}.user.weight"], weight.detach())
+
+
+def test_row_wise_adagrad_scales_a_row_by_its_mean_squared_gradient() -> None:
+    tables = _tables("rowwise_adagrad")
+    before = _weights(tables)["deep.user.weight"]
+    pooled = tables(_batch())
+    gradient = torch.randn(pooled.deep_BS.shape, generator=torch.Generator().manual_seed(2))
+    torch.autograd.backward([pooled.deep_BS, pooled.wide_BF], [gradient, torch.zeros_like(pooled.wide_BF)])
+    summed = gradient[0, :4] + gradient[1, :4]
+    expected = before[1] - 0.1 * summed / (summed.square().mean().sqrt() + 1e-8)
+    torch.testing.assert_close(_weights(tables)["deep.user.weight"][1], expected)
+    torch.testing.assert_close(_weights(tables)["deep.user.weight"][0], before[0])
+
+
+def test_learning_rates_take_effect_with_the_next_step() -> None:
+    tables = _tables()
+    before = _weights(tables)
+    tables.set_learning_rates(sparse=0.0, wide=0.0)
+    pooled = tables(_batch())
+    torch.autograd.backward(
+        [pooled.deep_BS, pooled.wide_BF], [torch.ones_like(pooled.deep_BS), torch.ones_like(pooled.wide_BF)]
+    )
+    torch.testing.assert_close(_weights(tables)["deep.user.weight"], before["deep.user.weight"])
+
+
+@pytest.mark.parametrize("cuts", [(0, 11), (0, 4, 11), (0, 1, 2, 10, 11)])
+def test_slices_restore_however_they_were_cut(cuts: tuple[int, ...]) -> None:
+    source, target = _tables(seed=1), _tables(seed=2)
+    saved: dict[str, list[TableSlice]] = {}
+    for piece in source.slices():
+        rows = cuts if piece.name.split(".")[1] == "user" else (0, len(piece.tensor))
+        for start, stop in zip(rows, rows[1:], strict=False):
+            part = TableSlice(name=piece.name, row=start, column=0, tensor=piece.tensor[start:stop].clone())
+            saved.setdefault(piece.name, []).append(part)
+    target.load_slices(saved)
+    restored = _weights(target)
+    for name, tensor in _weights(source).items():
+        np.testing.assert_array_equal(restored[name].numpy(), tensor.numpy())
+
+
+def test_a_missing_slice_is_named() -> None:
+    tables = _tables()
+    saved = {piece.name: [piece] for piece in tables.slices() if piece.name != "deep.item.weight"}
+    with pytest.raises(CorruptCheckpoint, match=r"deep\.item\.weight: 0 of 40 values"):
+        tables.load_slices(saved)
