@@ -1,0 +1,240 @@
+"""Every setting of an update, in small frozen parts.
+
+Enters: a TOML file, `TIDEMARK_*` environment variables, and command-line overrides; the later wins.
+Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from data_schemas.errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WindowConfig(_Part):
+    """Which rows an update takes."""
+
+    hours: Annotated[int, Field(ge=1, le=168)] = 1
+    """Length of a window."""
+    align_hour: Annotated[int, Field(ge=0, le=167)] = 0
+    """Windows end at this hour (UTC) modulo `hours`: with 24 hours, 2 means from 02:00 to 02:00."""
+    label_delay_minutes: Annotated[int, Field(ge=0)] = 0
+    """A window is closed this long after its end, so that clicks can arrive."""
+    max_rows: Annotated[int, Field(ge=1)] = 20_000_000
+    """Rows of one window held in memory at once; the rest stays pending for the next update, and is reported."""
+
+
+class ModelConfig(_Part):
+    """The network over the embeddings."""
+
+    kind: ModelKind = "dlrm"
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (128, 64)
+    """Sizes of the hidden layers of the top network."""
+    interaction_dim: Annotated[int, Field(ge=4)] = 16
+    """Length to which embeddings of another length are projected before they interact."""
+    cross_layers: Annotated[int, Field(ge=1)] = 2
+    """DCNv2: number of cross layers."""
+    cross_rank: Annotated[int, Field(ge=1)] = 32
+    """DCNv2: rank of a cross layer's matrix."""
+
+
+class TrainingConfig(_Part):
+    """The step."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 512
+    """Rows of a step, over all processes."""
+    micro_batch_size: Annotated[int, Field(ge=1)] = 512
+    """Rows that go through the dense network at once, in each process; bounds memory, keeps shapes static."""
+    precision: Precision = "auto"
+    """Arithmetic of the dense network; `auto` measures what this machine is fastest at when the model is first made."""
+    dense_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    dense_learning_rate: Annotated[float, Field(gt=0)] = 0.002
+    sparse_optimizer: Literal["adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
+    """Of the embeddings; the wide part always has per-coordinate Adagrad."""
+    sparse_learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    wide_learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of a new model over which the dense rate rises to its value."""
+    gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of dense gradients; 0 for none. Needs an optimizer without momentum of its own."""
+    weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of dense weights that is evaluated and published; 0 for none."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    """Steps in a row with a non-finite loss that are skipped before the update gives up; nothing is published then."""
+
+    @model_validator(mode="after")
+    def _smoothed_once(self) -> Self:
+        if self.gradient_ema > 0 and self.dense_optimizer == "adam":
+            raise ValueError(
+                f"gradient_ema = {self.gradient_ema} with dense_optimizer = 'adam' smooths the gradient twice; "
+                "use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
+            )
+        return self
+
+
+class BudgetConfig(_Part):
+    """The deadline."""
+
+    seconds: Annotated[float, Field(gt=0)] = 600.0
+    """From the start of the update to the published model: load, evaluation, learning, checkpoint, publishing."""
+    min_reserve_seconds: Annotated[float, Field(ge=0)] = 1.0
+    """Least time kept back for what comes after learning; more is kept once updates have been measured."""
+
+
+class EvaluationConfig(_Part):
+    """What is measured."""
+
+    max_rows: Annotated[int, Field(ge=1)] = 1_000_000
+    """A larger window is evaluated on a uniform sample of this size, and says so."""
+    frozen_after_updates: Annotated[int, Field(ge=0)] = 0
+    """Keep the model of this update and evaluate it beside every later one, to show what freshness is worth; 0 for none."""
+
+
+class TrackingConfig(_Part):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str = ""
+    """Any MLflow tracking URI; empty: a sqlite file in the state folder."""
+    experiment: str = ""
+    """Empty: the name of the data set."""
+    register_model: bool = True
+    """Log the model and give it the alias `champion`."""
+    keep_models: Annotated[int, Field(ge=1)] = 3
+    """Registered versions whose files are kept."""
+
+
+class UpdateConfig(BaseSettings):
+    """One update: rows in, deadline, proof out."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TIDEMARK_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+    )
+
+    dataset: str = "synthetic"
+    """Name of a shipped spec or path of a TOML file."""
+    landing: str = "landing"
+    """Folder in which click logs arrive: a local path or any fsspec address."""
+    state_dir: Path = Path("state")
+    """Folder of everything that tidemark keeps: click log, quarantine, checkpoints, MLflow database."""
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "hourly"
+    """Each model has its own state and its own cursor on the one click log."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 5
+    window: WindowConfig = WindowConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    budget: BudgetConfig = BudgetConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def log_path(self) -> Path:
+        """The click log: a Delta table."""
+        return self.state_dir / "click_log"
+
+    @property
+    def quarantine_path(self) -> Path:
+        """Rows and files that broke the spec: a Delta table."""
+        return self.state_dir / "quarantine"
+
+    @property
+    def model_dir(self) -> Path:
+        """Checkpoints and history of this model."""
+        return self.state_dir / "models" / self.model_name
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow tracking URI in force."""
+        return self.tracking.uri or f"sqlite:///{(self.state_dir / 'mlflow.db').resolve()}"
+
+    @property
+    def experiment(self) -> str:
+        """The MLflow experiment in force."""
+        return self.tracking.experiment or f"tidemark-{Path(self.dataset).stem}"
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> UpdateConfig:
+    """The settings from `path`, then the environment, then `overrides` such as `training.batch_size=1024`.
+
+    >>> load_config(overrides=["budget.seconds=60"]).budget.seconds
+    60.0
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown setting, or a value out of range.
+    """
+    values = _read_toml(Path(path)) if path else {}
+    try:
+        return _settings_over(values)(**_nest(overrides))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _settings_over(values: dict[str, Any]) -> type[UpdateConfig]:
+    class FromFile(UpdateConfig):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            from pydantic_settings import InitSettingsSource
+
+            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
+
+    return FromFile
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _nest(overrides: Sequence[str]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for override in overrides:
+        name, sign, text = override.partition("=")
+        if not sign or not name.strip():
+            raise ConfigError(f"an override is written name=value, such as budget.seconds=60; got {override!r}")
+        *parents, last = name.strip().split(".")
+        level = nested
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[last] = _parse(text.strip())
+    return nested
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"]) or "settings"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{name}: unknown setting"
+        case "value_error":
+            return f"{name}: {problem['ctx']['error']}"
+        case _:
+            return f"{name}: {problem['msg']}, got {problem['input']!r}"

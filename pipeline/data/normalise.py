@@ -1,0 +1,76 @@
+"""Running normalisation of numeric features: mean and variance up to the window's start, and a missing flag.
+
+Enters: `[N, R]` raw numbers, NaN for missing. Leaves: `[R, 2N]` dense columns, values first, then flags.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_schemas.dataset import Numeric
+from data_schemas.examples import F32
+
+F64 = npt.NDArray[np.float64]
+
+CLIP = 5.0
+"""Normalised values are cut to [-5, 5], so that one absurd number cannot throw a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningMoments:
+    """Count, mean and sum of squared deviations of each numeric feature, after its transform."""
+
+    count_N: F64
+    mean_N: F64
+    deviations_N: F64
+    """Sum of squared distances from the mean."""
+
+    @staticmethod
+    def nothing_seen(num_features: int) -> "RunningMoments":
+        """Of no rows: values pass through as they are."""
+        return RunningMoments(
+            count_N=np.zeros(num_features), mean_N=np.zeros(num_features), deviations_N=np.zeros(num_features)
+        )
+
+    def after(self, values_NR: F32) -> "RunningMoments":
+        """With more rows counted in; missing values count nothing.
+
+        Chan, Golub & LeVeque 1979: pairwise merging, exact up to rounding whatever the order of the windows.
+        """
+        present_NR = ~np.isnan(values_NR)
+        count_N = present_NR.sum(axis=1).astype(np.float64)
+        filled_NR = np.where(present_NR, values_NR, 0.0).astype(np.float64)
+        mean_N = filled_NR.sum(axis=1) / np.maximum(count_N, 1)
+        deviations_N = (np.where(present_NR, filled_NR - mean_N[:, None], 0.0) ** 2).sum(axis=1)
+        total_N = np.maximum(self.count_N + count_N, 1)
+        shift_N = mean_N - self.mean_N
+        return RunningMoments(
+            count_N=self.count_N + count_N,
+            mean_N=self.mean_N + shift_N * count_N / total_N,
+            deviations_N=self.deviations_N + deviations_N + shift_N**2 * self.count_N * count_N / total_N,
+        )
+
+    def scale_N(self) -> F64:
+        """The standard deviation; 1 where it is not known or zero."""
+        variance_N = self.deviations_N / np.maximum(self.count_N, 1)
+        return np.where(variance_N > 1e-12, np.sqrt(variance_N), 1.0)
+
+
+def transform(features: Sequence[Numeric], numeric_NR: F32) -> F32:
+    """Each feature's declared transform, applied to raw numbers `[N, R]`."""
+    rows = [_log1p(row) if feature.transform == "log1p" else row for feature, row in zip(features, numeric_NR, strict=True)]
+    return np.stack(rows) if rows else numeric_NR
+
+
+def normalise(transformed_NR: F32, moments: RunningMoments) -> F32:
+    """Dense columns `[R, 2N]`: normalised and clipped values with 0 for missing, then flags that are 1 for missing."""
+    missing_NR = np.isnan(transformed_NR)
+    scaled_NR = (transformed_NR - moments.mean_N[:, None]) / moments.scale_N()[:, None]
+    values_NR = np.where(missing_NR, 0.0, np.clip(scaled_NR, -CLIP, CLIP))
+    return np.ascontiguousarray(np.concatenate([values_NR, missing_NR]).T, dtype=np.float32)
+
+
+def _log1p(values: F32) -> F32:
+    return (np.sign(values) * np.log1p(np.abs(values))).astype(np.float32)

@@ -1,0 +1,177 @@
+"""The next window: which rows of the click log an update learns, and which stay pending.
+
+A model's `Cursor` says what it has consumed: every row of the click log up to `log_version`, but for the `pending` ones.
+The next window takes what was added since, late rows included, and what is pending. So every row is learned once, across
+kills, retries and missed hours.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_schemas.errors import CheckpointError
+from pipeline.config import WindowConfig
+from pipeline.data.lake import ClickLog, LogFile, RowRange
+
+Mask = npt.NDArray[np.bool_]
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some rows of one file of the click log."""
+
+    file: LogFile
+    mask: Mask | None = None
+    """`[file.num_rows]`, True for the rows that belong; None: all of them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that belong."""
+        return self.file.num_rows if self.mask is None else int(self.mask.sum())
+
+    def split(self, num_rows: int) -> tuple["Piece", "Piece"]:
+        """The first `num_rows` rows, and the others."""
+        mask = np.ones(self.file.num_rows, bool) if self.mask is None else self.mask
+        first = mask & (np.cumsum(mask) <= num_rows)
+        return replace(self, mask=first), replace(self, mask=mask & ~first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """What a model has consumed of its click log."""
+
+    log_version: int | None = None
+    """Version of the Delta table; None: nothing yet."""
+    window_end: int | None = None
+    """Hours since the epoch at which the last window ended."""
+    pending: tuple[Piece, ...] = ()
+    """Rows of that version which no update has learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The rows of one update, in the order hour, file, row."""
+
+    start: int
+    end: int
+    """Hours since the epoch, half-open."""
+    log_version: int
+    pieces: tuple[Piece, ...]
+    late_rows: int
+    """Rows whose hour lies before `start`."""
+    left: tuple[Piece, ...]
+    """Rows waiting in the click log for a later window."""
+
+    @property
+    def num_rows(self) -> int:
+        """Of all pieces."""
+        return sum(piece.num_rows for piece in self.pieces)
+
+    def cursor_after(self, unreached: Mask | None = None) -> Cursor:
+        """The cursor once this window was learned, but for the rows in `unreached` `[num_rows]`."""
+        rest = () if unreached is None or not unreached.any() else tuple(_unreached(self.pieces, unreached))
+        return Cursor(log_version=self.log_version, window_end=self.end, pending=(*rest, *self.left))
+
+
+def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: datetime) -> Window | None:
+    """The earliest closed window with rows that the model has not consumed; None if there is none.
+
+    Hours without rows are passed over. Rows that came late for an hour already learned join the next window.
+    """
+    version = log.version
+    waiting = sorted(
+        [
+            *_still_there(log, cursor, version),
+            *(Piece(file=file) for file in log.added_between(cursor.log_version, version)),
+        ],
+        key=lambda piece: (piece.file.hour, piece.file.path),
+    )
+    on_time = [piece.file.hour for piece in waiting if cursor.window_end is None or piece.file.hour >= cursor.window_end]
+    if not on_time:
+        return None
+    end = _aligned_end(min(on_time), config)
+    if as_time(end) + timedelta(minutes=config.label_delay_minutes) > now:
+        return None
+    start = end - config.hours
+    inside = [piece for piece in waiting if piece.file.hour < end]
+    taken, left = _cap(inside, config.max_rows)
+    return Window(
+        start=start,
+        end=end,
+        log_version=version,
+        pieces=tuple(taken),
+        late_rows=0 if cursor.window_end is None else sum(p.num_rows for p in taken if p.file.hour < start),
+        left=(*left, *(piece for piece in waiting if piece.file.hour >= end)),
+    )
+
+
+def read_window(log: ClickLog, window: Window, columns: Sequence[str]) -> pa.Table:
+    """The window's rows, in order."""
+    tables = []
+    for piece in window.pieces:
+        table = log.read([RowRange(file=piece.file, start=0, stop=piece.file.num_rows)], columns)
+        tables.append(table if piece.mask is None else table.filter(pa.array(piece.mask)))
+    return pa.concat_tables(tables)
+
+
+def as_time(hours_since_epoch: int) -> datetime:
+    """The UTC time of a whole hour.
+
+    >>> as_time(24).isoformat()
+    '1970-01-02T00:00:00+00:00'
+    """
+    return EPOCH + timedelta(hours=hours_since_epoch)
+
+
+def _aligned_end(hour: int, config: WindowConfig) -> int:
+    return hour + config.hours - (hour - config.align_hour) % config.hours
+
+
+def _cap(pieces: Iterable[Piece], max_rows: int) -> tuple[list[Piece], list[Piece]]:
+    taken: list[Piece] = []
+    left: list[Piece] = []
+    room = max_rows
+    for piece in pieces:
+        if piece.num_rows <= room:
+            taken.append(piece)
+        elif room > 0:
+            first, others = piece.split(room)
+            taken.append(first)
+            left.append(others)
+        else:
+            left.append(piece)
+        room = max(room - piece.num_rows, 0)
+    return taken, left
+
+
+def _still_there(log: ClickLog, cursor: Cursor, version: int) -> tuple[Piece, ...]:
+    if not cursor.pending:
+        return ()
+    active = {file.path for file in log.files(version)}
+    for piece in cursor.pending:
+        if piece.file.path not in active:
+            raise CheckpointError(
+                f"{piece.num_rows} rows are still to be learned from {piece.file.path}, which is no longer in the click "
+                "log; restore it, or start a new model under another model_name"
+            )
+    return cursor.pending
+
+
+def _unreached(pieces: Iterable[Piece], unreached: Mask) -> Iterable[Piece]:
+    start = 0
+    for piece in pieces:
+        stop = start + piece.num_rows
+        part = unreached[start:stop]
+        start = stop
+        if part.all() and piece.mask is None:
+            yield piece
+        elif part.any():
+            mask = np.zeros(piece.file.num_rows, bool)
+            mask[np.arange(piece.file.num_rows) if piece.mask is None else np.flatnonzero(piece.mask)] = part
+            yield Piece(file=piece.file, mask=mask)

@@ -1,0 +1,84 @@
+"""What an update leaves behind: the figures that MLflow, Prefect, the terminal and the history show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from pipeline.evaluation.metrics import Metrics
+
+Outcome = Literal["published", "empty"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord:
+    """One decision of the learner; the sequence of them replays an update to the same bits."""
+
+    step: int
+    """First step of the window that it governs."""
+    position: int
+    """Rows of the permutation consumed before that step."""
+    batch_size: int
+    """Rows."""
+    learning_rate: float
+    """Of the dense optimizer."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPoint:
+    """The mean log loss of some consecutive steps, before each of them."""
+
+    rows: int
+    """Rows of the window learned by then."""
+    seconds: float
+    """Since the start of learning."""
+    log_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """One update, from window to published model."""
+
+    dataset: str
+    model_name: str
+    outcome: Outcome
+    version: int
+    """Checkpoint that serves after the update."""
+    log_version: int
+    """Version of the click log that the model has consumed."""
+    window_start: datetime
+    window_end: datetime
+    """Half-open, UTC."""
+    rows: int
+    """Rows of the window."""
+    late_rows: int
+    """Of them, rows whose hour lies before `window_start`."""
+    rows_learned: int
+    rows_pending: int
+    """Rows that no update has reached yet."""
+    batch_size: int
+    """Rows of the last step."""
+    precision: str
+    before: Metrics | None
+    """On the window's rows, before anything was learned from them."""
+    after: Metrics | None
+    """On the same rows after learning: how well they were fitted, not how well the model generalises."""
+    frozen: Metrics | None
+    """Of the model that stopped learning, on the same rows; None without `evaluation.frozen_after_updates`."""
+    evaluated_rows: int
+    seconds: Mapping[str, float]
+    """By stage."""
+    budget_seconds: float
+    plan: tuple[PlanRecord, ...]
+    loss_curve: tuple[LossPoint, ...]
+    skipped_steps: int
+    """Steps whose loss was not finite; nothing was learned from them."""
+    git_commit: str
+    notes: tuple[str, ...]
+    """Everything that was dropped, capped or skipped, in words."""
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all stages."""
+        return sum(self.seconds.values())
