@@ -25,7 +25,7 @@ OWN_COLUMNS = frozenset({"event_time", "label", "event_key", "event_date", "even
 
 
 class _Declared(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
 class TimeColumn(_Declared):
@@ -151,8 +151,12 @@ class DatasetSpec(_Declared):
     item: Name | None = None
     """Name of the feature that identifies the item."""
     event_key: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Columns of the file that make an event unique, features or not; a second row with the same values is dropped as a
-    duplicate. `*` alone means every column that the spec names."""
+    """Columns of the file that make an event unique, features or not; a second row with the same values is a duplicate
+    (but see `repeats`). `*` alone means every column that the spec names."""
+    repeats: Literal["drop", "keep"] = "drop"
+    """What a second row with the same event key is within one file. `drop`: a duplicate. `keep`: an event of its own, for
+    logs without a unique id. The n-th row of an hour with that key in one file is then the same event as the n-th one
+    in another file: a file that comes again changes nothing, repeated rows within a file stay."""
     file: FileDialect = FileDialect()
     categorical: Annotated[tuple[Categorical, ...], Field(min_length=1)]
     numeric: tuple[Numeric, ...] = ()

@@ -5,6 +5,10 @@ broken files in the quarantine; and a report that accounts for every row and eve
 
 One file is one commit. The quarantine is committed first, both commits carry the file's fingerprint: after a kill
 between the two the file is read again, and nothing is there twice.
+
+Rows with an event key that their hour has already are duplicates. Where the spec keeps repeats, the number of the row
+among those of its file with the same hour and key is mixed into the key, except for the first: only a row that an
+earlier file had as often is then a duplicate.
 """
 
 from collections import Counter
@@ -20,10 +24,12 @@ import pyarrow as pa
 from data_schemas.click_log import MICROSECONDS_PER_HOUR, validate
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import BrokenFile, CommitConflict, DataError
+from data_schemas.hashing import combine_hashes
 from pipeline.data.lake import ClickLog, HourFiles, LogFile, Quarantine, RejectedRows
 from pipeline.data.landing import LandingFile, RawBatch, list_landing, read_batches
 
 Bools = npt.NDArray[np.bool_]
+I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 MAX_ATTEMPTS = 5
@@ -51,7 +57,7 @@ class IngestReport:
     """The name tells no format; left alone."""
     rows_accepted: int
     rows_duplicate: int
-    """Their event key was in their hour already."""
+    """Their event was in their hour already."""
     rows_late: int
     """Of the accepted, those of an hour before the newest that the log had when their file came."""
     rows_rejected: int
@@ -111,14 +117,16 @@ def ingest_landing(
 class SeenKeys:
     """Event keys by hour: those of the click log, read when first asked for, and those of the file in hand.
 
-    A key is 8 bytes. Keys lie in sorted arrays of rising size that are merged as they grow (a log-structured merge
-    tree, O'Neil et al. 1996), so that n keys cost n log n however they arrive.
+    A key is 8 bytes; while a file is read whose repeats are kept, each of its good rows takes 8 bytes more. Keys lie in
+    sorted arrays of rising size that are merged as they grow (a log-structured merge tree, O'Neil et al. 1996), so that
+    n keys cost n log n however they arrive.
     """
 
     _files: dict[int, list[LogFile]]
     _hours: set[int]
     _committed: "dict[int, _SortedKeys]"
     _staged: "dict[int, _SortedKeys]"
+    _read: "dict[int, _SortedKeys]"
 
     def __init__(self, log: ClickLog) -> None:
         self._log = log
@@ -139,6 +147,17 @@ class SeenKeys:
         is_new_R[first_R[new]] = True
         return is_new_R
 
+    def tell_repeats_apart(self, hour: int, keys_R: U64) -> U64:
+        """`[R]` a key of its own for each row: the first of the file with that key in the hour keeps it."""
+        order = np.argsort(keys_R, kind="stable")
+        sorted_R = keys_R[order]
+        distinct, start_D, count_D = np.unique(sorted_R, return_index=True, return_counts=True)
+        read = self._read.setdefault(hour, _SortedKeys())
+        number_R = np.empty(len(keys_R), np.uint64)
+        number_R[order] = np.arange(len(keys_R)) - np.repeat(start_D - read.count(distinct), count_D)
+        read.add(sorted_R)
+        return np.where(number_R > 0, combine_hashes(keys_R, number_R), keys_R)
+
     def commit(self) -> None:
         """The file in hand is in the log."""
         only_ours = self._log.version == self._version + 1
@@ -148,12 +167,12 @@ class SeenKeys:
         for hour, keys in self._staged.items():
             self._committed[hour].merge(keys)
             self._hours.add(hour)
-        self._staged = {}
+        self._staged, self._read = {}, {}
         self._version += 1
 
     def roll_back(self) -> None:
         """The file in hand did not enter the log."""
-        self._staged = {}
+        self._staged, self._read = {}, {}
 
     def forget(self) -> None:
         """Read the log again."""
@@ -162,7 +181,7 @@ class SeenKeys:
         for file in self._log.files():
             self._files.setdefault(file.hour, []).append(file)
         self._hours = set(self._files)
-        self._committed, self._staged = {}, {}
+        self._committed, self._staged, self._read = {}, {}, {}
 
     def _of_log(self, hour: int) -> "_SortedKeys":
         if hour not in self._committed:
@@ -173,7 +192,7 @@ class SeenKeys:
 
 
 class _SortedKeys:
-    """A set of uint64 in sorted arrays, each at least twice as long as the next."""
+    """A set, or multiset, of uint64 in sorted arrays, each at least twice as long as the next."""
 
     def __init__(self) -> None:
         self._runs: list[U64] = []
@@ -189,8 +208,15 @@ class _SortedKeys:
             found |= run[places] == keys
         return found
 
+    def count(self, keys: U64) -> I64:
+        """How often each of `keys` was added."""
+        counts = np.zeros(len(keys), np.int64)
+        for run in self._runs:
+            counts += np.searchsorted(run, keys, side="right") - np.searchsorted(run, keys, side="left")
+        return counts
+
     def add(self, keys: U64) -> None:
-        """Sorted keys that are not in the set."""
+        """Sorted keys; for a set, none that it has."""
         if not len(keys):
             return
         self._runs.append(keys)
@@ -345,12 +371,20 @@ def _write_batch(
     counts.rejected += len(bad)
     counts.reasons.update(row.kind for row in bad)
     for hour, rows in _by_hour(validated.accepted):
+        if ingest.spec.repeats == "keep":
+            rows = _with_repeats_apart(hour, rows, ingest.seen)
         new_R = ingest.seen.take_new(hour, rows.column("event_key").to_numpy().view(np.uint64))
         num_new = int(new_R.sum())
         counts.duplicate += len(new_R) - num_new
         if num_new:
             accepted.add(hour, rows if num_new == len(new_R) else rows.filter(pa.array(new_R)))
             yield hour, num_new
+
+
+def _with_repeats_apart(hour: int, rows: pa.Table, seen: SeenKeys) -> pa.Table:
+    keys_R = seen.tell_repeats_apart(hour, rows.column("event_key").to_numpy().view(np.uint64))
+    place = rows.schema.get_field_index("event_key")
+    return rows.set_column(place, rows.schema.field(place), pa.array(keys_R.view(np.int64)))
 
 
 def _by_hour(rows: pa.Table) -> Iterator[tuple[int, pa.Table]]:

@@ -1,5 +1,7 @@
 """Embedding tables against torch's own embeddings and Adagrad."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -100,7 +102,7 @@ def test_slices_restore_however_they_were_cut(cuts: tuple[int, ...]) -> None:
     saved: dict[str, list[TableSlice]] = {}
     for piece in source.slices():
         rows = cuts if piece.name.split(".")[1] == "user" else (0, len(piece.tensor))
-        for start, stop in zip(rows, rows[1:], strict=False):
+        for start, stop in pairwise(rows):
             part = TableSlice(name=piece.name, row=start, column=0, tensor=piece.tensor[start:stop].clone())
             saved.setdefault(piece.name, []).append(part)
     target.load_slices(saved)

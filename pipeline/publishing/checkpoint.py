@@ -1,0 +1,323 @@
+"""Checkpoints: everything that the next update depends on, published atomically and verified on reading.
+
+    <model_dir>/checkpoints/v000007/manifest.json            what was consumed, how it was learned, the hash of every part
+                                   /dense.safetensors        dense weights, optimizer, averages
+                                   /tables-0-of-1.safetensors    this process's rectangles of tables and accumulators
+                                   /pending.safetensors      bitmaps of rows still to be learned
+    <model_dir>/CURRENT                                      the name of the version that serves
+
+A version is written into a temporary folder, synced, renamed, and only then does CURRENT move: a reader sees the old model
+or the new one. Nothing here is a pickle.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from data_schemas.errors import CorruptCheckpoint
+from models.embeddings import EmbeddingTables, TableSlice
+from pipeline.data.lake import LogFile
+from pipeline.data.windows import Cursor, Piece
+from pipeline.outcome import PlanRecord
+from pipeline.training.processes import Processes
+
+MANIFEST = "manifest.json"
+CURRENT = "CURRENT"
+FORMAT = 1
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(_Saved):
+    """One file of a checkpoint."""
+
+    kind: Literal["base", "delta"]
+    """A delta holds only the rows touched since the base before it."""
+    content: Literal["dense", "tables", "pending"]
+    file: str
+    bytes: int
+    sha256: str
+
+
+class PendingRows(_Saved):
+    """Rows of a click-log file that are still to be learned."""
+
+    path: str
+    hour: int
+    num_rows: int
+    bitmap: str | None
+    """Name of the packed bitmap in the `pending` part; None: all rows."""
+
+
+class Moments(_Saved):
+    """Running normalisation of the numeric features."""
+
+    count: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()
+    deviations: tuple[float, ...] = ()
+
+
+class Manifest(_Saved):
+    """What a checkpoint is."""
+
+    format: int = FORMAT
+    version: int
+    created: str
+    dataset: str
+    spec_fingerprint: str
+    model_fingerprint: str
+    """Changes with everything that changes the shape of a weight or of an optimizer's state."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    steps: int
+    average_steps: Mapping[str, int] = {}
+    """Observations in each moving average."""
+    loss_scale: Mapping[str, float] = {}
+    """State of the gradient scaler; only with fp16."""
+    log_version: int | None
+    window_start: int
+    window_end: int
+    """Hours since the epoch."""
+    window_seed: tuple[int, ...]
+    permutation_position: int
+    """Rows of the seeded permutation that were handed out."""
+    plan: tuple[dict[str, Any], ...]
+    """`PlanRecord`s."""
+    pending: tuple[PendingRows, ...]
+    moments: Moments
+    parts: tuple[Part, ...] = ()
+
+    def plan_records(self) -> tuple[PlanRecord, ...]:
+        """The plan trace of the update that made this checkpoint."""
+        return tuple(PlanRecord(**record) for record in self.plan)
+
+
+def save_checkpoint(
+    model_dir: Path,
+    manifest: Manifest,
+    *,
+    dense: Mapping[str, torch.Tensor],
+    tables: EmbeddingTables,
+    pending: Mapping[str, torch.Tensor],
+    keep: int,
+    processes: Processes,
+) -> Path:
+    """Writes version `manifest.version` and makes it the current one; the older ones but for the last `keep` go.
+
+    Each process writes its own rectangles of the tables; the first one writes everything else and publishes.
+
+    Raises:
+        OSError: the disk is full or not writable; the version before stays current and nothing is left behind.
+    """
+    folder = model_dir / "checkpoints"
+    staged = folder / f"{_name(manifest.version)}.tmp"
+    final = folder / _name(manifest.version)
+    if processes.rank == 0:
+        _stage(folder, staged)
+    processes.wait()
+    try:
+        _write_tensors(staged / _tables_file(processes.rank, processes.count), _by_key(tables))
+        processes.wait()
+        if processes.rank == 0:
+            _finish(staged, final, manifest, dense=dense, pending=pending, num_table_files=processes.count)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    if processes.rank == 0:
+        point_to(model_dir, manifest.version)
+        _prune(folder, keep)
+    processes.wait()
+    return final
+
+
+def versions(model_dir: Path) -> list[int]:
+    """Versions on disk, oldest first, broken ones included."""
+    return sorted(int(path.name[1:]) for path in (model_dir / "checkpoints").glob("v[0-9]*") if not path.name.endswith(".tmp"))
+
+
+def current_version(model_dir: Path) -> int | None:
+    """The version that CURRENT names; None before the first."""
+    pointer = model_dir / CURRENT
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text().strip()
+    if not name[1:].isdigit():
+        raise CorruptCheckpoint(f"{pointer} says {name!r}; write the name of a folder in checkpoints/ into it, such as v000001")
+    return int(name[1:])
+
+
+def point_to(model_dir: Path, version: int) -> None:
+    """Makes `version` the current one, in one step that a crash cannot halve."""
+    pointer = model_dir / CURRENT
+    temporary = pointer.with_suffix(".tmp")
+    write_durably(temporary, f"{_name(version)}\n".encode())
+    temporary.replace(pointer)
+    _sync_folder(model_dir)
+
+
+def read_manifest(model_dir: Path, version: int) -> Manifest:
+    """The manifest, after every part was compared with its hash.
+
+    Raises:
+        CorruptCheckpoint: a part is missing or has changed.
+    """
+    folder = model_dir / "checkpoints" / _name(version)
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (OSError, ValidationError, ValueError) as error:
+        raise CorruptCheckpoint(f"checkpoint {_name(version)}: its manifest cannot be read ({error})") from error
+    if manifest.format != FORMAT:
+        raise CorruptCheckpoint(f"checkpoint {_name(version)}: format {manifest.format} is unknown to this tidemark; update it")
+    for part in manifest.parts:
+        _verify(folder, part)
+    return manifest
+
+
+def load_dense(model_dir: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """The tensors of the dense part."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _files(model_dir, manifest, "dense"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def load_tables(model_dir: Path, manifest: Manifest, tables: EmbeddingTables, *, with_optimizer: bool = True) -> None:
+    """Fills `tables`, which may be cut otherwise than the saved ones."""
+    saved: dict[str, list[TableSlice]] = {}
+    for path in _files(model_dir, manifest, "tables"):
+        for key, tensor in load_file(path).items():
+            name, _, place = key.partition("@")
+            row, column = (int(offset) for offset in place.split(","))
+            saved.setdefault(name, []).append(TableSlice(name=name, row=row, column=column, tensor=tensor))
+    tables.load_slices(saved, with_optimizer=with_optimizer)
+
+
+def pack_pending(cursor: Cursor) -> tuple[tuple[PendingRows, ...], dict[str, torch.Tensor]]:
+    """The cursor's pending rows, and the bitmaps that they name."""
+    rows: list[PendingRows] = []
+    bitmaps: dict[str, torch.Tensor] = {}
+    for number, piece in enumerate(cursor.pending):
+        name = None if piece.mask is None else f"bitmap-{number}"
+        if piece.mask is not None and name:
+            bitmaps[name] = torch.from_numpy(np.packbits(piece.mask))
+        file = piece.file
+        rows.append(PendingRows(path=file.path, hour=file.hour, num_rows=file.num_rows, bitmap=name))
+    return tuple(rows), bitmaps
+
+
+def load_cursor(model_dir: Path, manifest: Manifest) -> Cursor:
+    """What the checkpoint's model has consumed."""
+    bitmaps: dict[str, torch.Tensor] = {}
+    for path in _files(model_dir, manifest, "pending"):
+        bitmaps |= load_file(path)
+    pieces = []
+    for rows in manifest.pending:
+        file = LogFile(path=rows.path, hour=rows.hour, num_rows=rows.num_rows)
+        mask = np.unpackbits(bitmaps[rows.bitmap].numpy(), count=rows.num_rows).astype(bool) if rows.bitmap else None
+        pieces.append(Piece(file=file, mask=mask))
+    return Cursor(log_version=manifest.log_version, window_end=manifest.window_end, pending=tuple(pieces))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes and syncs a file."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _stage(folder: Path, staged: Path) -> None:
+    """An empty temporary folder; what a killed update left behind is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob("*.tmp"):
+        shutil.rmtree(unfinished)
+    staged.mkdir()
+
+
+def _finish(
+    staged: Path,
+    final: Path,
+    manifest: Manifest,
+    *,
+    dense: Mapping[str, torch.Tensor],
+    pending: Mapping[str, torch.Tensor],
+    num_table_files: int,
+) -> None:
+    """Writes what is left, then the manifest over all parts, and gives the folder its name."""
+    _write_tensors(staged / "dense.safetensors", dense)
+    parts = [_describe(staged, "dense", "dense.safetensors")]
+    parts += [_describe(staged, "tables", _tables_file(rank, num_table_files)) for rank in range(num_table_files)]
+    if pending:
+        _write_tensors(staged / "pending.safetensors", pending)
+        parts.append(_describe(staged, "pending", "pending.safetensors"))
+    complete = manifest.model_copy(update={"parts": tuple(parts)})
+    write_durably(staged / MANIFEST, complete.model_dump_json(indent=1).encode())
+    _sync_folder(staged)
+    staged.rename(final)
+    _sync_folder(final.parent)
+
+
+def _tables_file(rank: int, count: int) -> str:
+    return f"tables-{rank}-of-{count}.safetensors"
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def _describe(folder: Path, content: Literal["dense", "tables", "pending"], file: str) -> Part:
+    path = folder / file
+    return Part(kind="base", content=content, file=file, bytes=path.stat().st_size, sha256=_sha256(path))
+
+
+def _by_key(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
+    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in tables.slices()}
+
+
+def _files(model_dir: Path, manifest: Manifest, content: str) -> Iterator[Path]:
+    folder = model_dir / "checkpoints" / _name(manifest.version)
+    return (folder / part.file for part in manifest.parts if part.content == content)
+
+
+def _verify(folder: Path, part: Part) -> None:
+    path = folder / part.file
+    if Path(part.file).name != part.file:
+        raise CorruptCheckpoint(f"checkpoint {folder.name}: part {part.file!r} is not a plain file name")
+    if not path.is_file():
+        raise CorruptCheckpoint(f"checkpoint {folder.name}: {part.file} is missing")
+    found = _sha256(path)
+    if found != part.sha256:
+        raise CorruptCheckpoint(f"checkpoint {folder.name}: {part.file} has hash {found[:12]}, the manifest {part.sha256[:12]}")
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for version in versions(folder.parent)[:-keep]:
+        shutil.rmtree(folder / _name(version))
+
+
+def _name(version: int) -> str:
+    return f"v{version:06d}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,350 @@
+"""One update, from the rows that wait in the click log to the published model: the whole story on one screen.
+
+window -> evaluate before learning -> learn until done or out of time -> evaluate -> publish -> report
+"""
+
+import logging
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from data_schemas.dataset import DatasetSpec, load_spec
+from data_schemas.errors import UpdateInProgress
+from data_schemas.examples import F32, I64, Examples
+from pipeline.config import UpdateConfig
+from pipeline.data.lake import ClickLog
+from pipeline.data.loader import EncodedWindow, columns_to_read, encode, to_examples
+from pipeline.data.normalise import transform
+from pipeline.data.windows import Window, as_time, next_window, read_window
+from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
+from pipeline.evaluation.score import probabilities
+from pipeline.model_state import ModelState, restore_or_create, save
+from pipeline.outcome import UpdateReport
+from pipeline.publishing.predictor import export_predictor, load_predictor
+from pipeline.publishing.report import append_history, read_history
+from pipeline.training.batch_size import FixedBatch
+from pipeline.training.budget import Clock, Deadline, reserve_seconds
+from pipeline.training.learn import Learned, Progress, learn
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+EVALUATION_SHARE = 0.2
+"""Share of the budget after which evaluating stops with the rows that it has."""
+SAMPLE_ROWS = 5
+"""Raw rows that go with the registered model."""
+AFTER_LEARNING = ("evaluate after learning", "checkpoint", "publish")
+"""Stages that the reserve is kept for."""
+
+
+class StageRunner(Protocol):
+    """Runs one stage; a flow makes each a task of that name."""
+
+    def __call__(self, name: str, work: Callable[[], T]) -> T:
+        """What `work` returns."""
+
+
+def run_update(
+    config: UpdateConfig,
+    *,
+    stage: StageRunner = lambda name, work: work(),
+    clock: Clock = time.monotonic,
+    now: datetime | None = None,
+    progress: Progress = lambda done, rows: None,
+) -> UpdateReport | None:
+    """Learns the next closed window and publishes the model; None where no window waits.
+
+    The model before stays current until the new one is written whole, and the rows stay waiting until then.
+
+    Raises:
+        TidemarkError: what went wrong and the way out; nothing was published.
+    """
+    spec = load_spec(config.dataset)
+    stages = _Stages(stage, clock)
+    with _alone(config.model_dir):
+        history = read_history(config.model_dir)
+        click_log = ClickLog.open_or_create(config.log_path, spec)
+        state = stages.run("restore", lambda: restore_or_create(config, spec))
+        window = next_window(click_log, state.cursor, config.window, now or datetime.now(UTC))
+        if window is None:
+            return None
+        deadline = _deadline(config, stages, history)
+        state, rows = stages.run("load", lambda: _load(click_log, window, state, spec))
+        before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, deadline))
+        learned = stages.run("learn", lambda: _learn(state, rows, config, deadline, progress))
+        after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
+        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, config, spec))
+        report = _report(config, spec, window, saved, learned, _Scores(before, after, frozen), stages.seconds)
+        note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
+        report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
+        append_history(config.model_dir, report)
+        log.info("%s", _one_line(report))
+        return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """A window's rows in both forms, and those that are evaluated."""
+
+    examples: Examples
+    encoded: EncodedWindow
+    evaluated: I64
+    """Row indices in a random order, so that any prefix is a uniform sample."""
+    seed: tuple[int, ...]
+    sample: pd.DataFrame
+    """The first rows as they stand in the click log."""
+
+
+@dataclass(frozen=True)
+class _Score:
+    """How probabilities compare with what happened."""
+
+    metrics: Metrics
+    bins: tuple[CalibrationBin, ...]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    before: _Score | None
+    after: _Score | None
+    frozen: _Score | None
+
+
+@dataclass
+class _Stages:
+    """Runs stages and keeps their seconds."""
+
+    runner: StageRunner
+    clock: Clock
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    def run(self, name: str, work: Callable[[], T]) -> T:
+        started = self.clock()
+        try:
+            return self.runner(name, work)
+        finally:
+            self.seconds[name] = self.clock() - started
+
+
+def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, object]]) -> Deadline:
+    tails = [sum(record["seconds"].get(name, 0.0) for name in AFTER_LEARNING) for record in history]  # type: ignore[attr-defined]
+    budget = config.budget
+    reserve = reserve_seconds(tails, budget_seconds=budget.seconds, min_reserve_seconds=budget.min_reserve_seconds)
+    return Deadline(started=stages.started, budget_seconds=budget.seconds, reserve_seconds=reserve, clock=stages.clock)
+
+
+def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec) -> tuple[ModelState, _Rows]:
+    """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
+    table = read_window(click_log, window, columns_to_read(spec))
+    examples = to_examples(table, spec)
+    if state.version == 0:
+        state = replace(state, moments=state.moments.after(transform(spec.numeric, examples.numeric_NR)))
+    seed = (state.learner.config.seed, window.end)
+    order = np.random.default_rng([*seed, 1]).permutation(examples.num_rows)
+    return state, _Rows(
+        examples=examples, encoded=encode(examples, spec, state.moments), evaluated=order, seed=seed, sample=_raw_sample(table)
+    )
+
+
+def _raw_sample(table: pa.Table) -> pd.DataFrame:
+    """A few rows as a caller of the published model would send them."""
+    columns = [name for name in table.column_names if name != "label"]
+    frame: pd.DataFrame = table.slice(0, SAMPLE_ROWS).select(columns).to_pandas()
+    frame["event_time"] = frame["event_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return frame.astype({name: "object" for name in columns if isinstance(frame[name].dtype, pd.CategoricalDtype)})
+
+
+def _evaluate_all(
+    state: ModelState, rows: _Rows, config: UpdateConfig, deadline: Deadline
+) -> tuple[_Score | None, _Score | None]:
+    before = _evaluate(state, rows, config, deadline) if state.version > 0 else None
+    folder = _frozen_folder(config)
+    if before is None or not folder.is_dir():
+        return before, None
+    frozen = load_predictor(folder)
+    chosen = rows.evaluated[: config.evaluation.max_rows]
+    return before, _measure(rows, chosen, frozen.predict_examples(rows.examples.take(chosen)))
+
+
+def _evaluate(state: ModelState, rows: _Rows, config: UpdateConfig, deadline: Deadline) -> _Score | None:
+    learner = state.learner
+    chosen = rows.evaluated[: config.evaluation.max_rows]
+    stop_at = deadline.seconds_used() + EVALUATION_SHARE * deadline.budget_seconds
+    scored = probabilities(
+        learner.model,
+        learner.dense_weights(averaged=True),
+        rows.encoded,
+        chosen,
+        device=learner.device,
+        go_on=lambda: deadline.seconds_used() < stop_at,
+    )
+    return _measure(rows, chosen[: len(scored)], scored)
+
+
+def _measure(rows: _Rows, chosen: I64, scored: F32) -> _Score | None:
+    if not len(chosen):
+        return None
+    labels, users = rows.encoded.labels_R[chosen], rows.encoded.user_R[chosen]
+    weights = rows.encoded.weights_R[chosen]
+    return _Score(measure(labels, scored, users, weights), calibration_bins(labels, scored, weights))
+
+
+def _learn(state: ModelState, rows: _Rows, config: UpdateConfig, deadline: Deadline, progress: Progress) -> Learned:
+    training = config.training
+    policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
+    return learn(state.learner, rows.encoded, seed=rows.seed, policy=policy, deadline=deadline, progress=progress)
+
+
+def _checkpoint(
+    state: ModelState, rows: _Rows, window: Window, learned: Learned, config: UpdateConfig, spec: DatasetSpec
+) -> ModelState:
+    """The state as saved; from now on it serves, and its rows are consumed."""
+    if state.version > 0:
+        reached = ~learned.unreached_R
+        seen = transform(spec.numeric, rows.examples.numeric_NR)[:, reached]
+        state = replace(state, moments=state.moments.after(seen))
+    saved = save(state, window, learned, config, spec, seed=rows.seed)
+    folder = _frozen_folder(config)
+    frozen_after = config.evaluation.frozen_after_updates
+    if frozen_after and saved.version >= frozen_after and not folder.is_dir():
+        staged = folder.with_suffix(".tmp")
+        shutil.rmtree(staged, ignore_errors=True)
+        export_predictor(saved, spec, config.model, staged)
+        staged.rename(folder)
+    return saved
+
+
+def _publish(
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    saved: ModelState,
+    rows: _Rows,
+    report: UpdateReport,
+    before: _Score | None,
+) -> tuple[str, ...]:
+    """Puts the report, and the model, where people look; what could not be reached is noted and sent later."""
+    from pipeline.publishing.publish import publish_update  # imports MLflow, which takes a second
+
+    if not config.tracking.enabled:
+        return ()
+    learner = saved.learner
+    shown = np.arange(len(rows.sample))
+    encoded = encode(rows.examples.take(shown), spec, saved.moments)
+    weights = learner.dense_weights(averaged=True)
+    return publish_update(
+        config,
+        spec,
+        saved,
+        report,
+        example=rows.sample,
+        example_probabilities=probabilities(learner.model, weights, encoded, device=learner.device),
+        bins=before.bins if before else (),
+    )
+
+
+def _report(
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    window: Window,
+    saved: ModelState,
+    learned: Learned,
+    scores: _Scores,
+    seconds: dict[str, float],
+) -> UpdateReport:
+    before, after, frozen = (score.metrics if score else None for score in (scores.before, scores.after, scores.frozen))
+    measured = before or after
+    return UpdateReport(
+        dataset=spec.name,
+        model_name=config.model_name,
+        outcome="published",
+        version=saved.version,
+        log_version=window.log_version,
+        window_start=as_time(window.start),
+        window_end=as_time(window.end),
+        rows=window.num_rows,
+        late_rows=window.late_rows,
+        rows_learned=learned.rows,
+        rows_pending=sum(piece.num_rows for piece in saved.cursor.pending),
+        batch_size=learned.last_batch_size,
+        precision=saved.learner.precision,
+        before=before,
+        after=after,
+        frozen=frozen,
+        evaluated_rows=measured.rows if measured else 0,
+        seconds=dict(seconds),
+        budget_seconds=config.budget.seconds,
+        plan=learned.plan,
+        loss_curve=learned.loss_curve,
+        skipped_steps=learned.skipped_steps,
+        git_commit=_git_commit(),
+        notes=(*saved.notes, *_notes(window, learned, measured)),
+    )
+
+
+def _notes(window: Window, learned: Learned, measured: Metrics | None) -> Iterator[str]:
+    """Everything that was not done as a reader would take for granted."""
+    unreached = int(learned.unreached_R.sum())
+    if unreached:
+        yield f"out of time: {unreached:,} of {window.num_rows:,} rows wait for the next update"
+    if window.late_rows:
+        yield f"{window.late_rows:,} rows came late, for hours before this window"
+    if learned.skipped_steps:
+        yield f"{learned.skipped_steps} steps were skipped because their loss was not finite"
+    if measured and measured.rows < window.num_rows:
+        yield f"evaluated on a random {measured.rows:,} of {window.num_rows:,} rows"
+    if measured and measured.auc is None:
+        yield f"all {measured.rows:,} evaluated rows are of one class: there is no AUC"
+
+
+def _one_line(report: UpdateReport) -> str:
+    auc = report.before.auc if report.before else None
+    return (
+        f"{report.window_start:%Y-%m-%dT%H}  {report.rows_learned:,} of {report.rows:,} rows learned, "
+        f"version {report.version}, AUC before learning {'-' if auc is None else f'{auc:.4f}'}, "
+        f"{report.total_seconds:.1f} of {report.budget_seconds:.0f} s"
+    )
+
+
+@contextmanager
+def _alone(model_dir: Path) -> Iterator[None]:
+    """Holds the model's lock; the kernel lets go of it when the process ends, however it ends."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(model_dir / "lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout as error:
+        raise UpdateInProgress(
+            f"another update of the model in {model_dir} is running; wait for it, or use another model_name"
+        ) from error
+
+
+def _frozen_folder(config: UpdateConfig) -> Path:
+    return config.model_dir / "frozen"
+
+
+@cache
+def _git_commit() -> str:
+    """Of the code that runs; empty outside a git checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

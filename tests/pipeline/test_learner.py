@@ -1,0 +1,223 @@
+"""The two-phase step: accumulation is exact, nothing non-finite is learned, and a pass replays to the same bits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_schemas.dataset import DatasetSpec
+from data_schemas.errors import LearningDiverged
+from data_schemas.examples import Examples
+from models.ctr import build_model
+from models.loss import weighted_log_loss_sum
+from pipeline.config import ModelConfig, TrainingConfig
+from pipeline.data.loader import EncodedWindow, encode, num_dense_columns
+from pipeline.data.normalise import RunningMoments, transform
+from pipeline.model_state import architecture
+from pipeline.training.batch_size import FixedBatch, RecordedPlan
+from pipeline.training.budget import Deadline
+from pipeline.training.learn import Learned, learn
+from pipeline.training.learner import Arithmetic, Learner
+from sampling.minibatches import BatchCursor
+
+CPU = torch.device("cpu")
+MakeExamples = Callable[..., Examples]
+
+
+def _window(spec: DatasetSpec, examples: Examples) -> EncodedWindow:
+    moments = RunningMoments.nothing_seen(2).after(transform(spec.numeric, examples.numeric_NR))
+    return encode(examples, spec, moments)
+
+
+def _learner(spec: DatasetSpec, *, precision: Arithmetic = "fp32", kind: str = "dlrm", **training: Any) -> Learner:
+    model_config = ModelConfig(kind=kind, hidden=(16, 8), interaction_dim=8)  # type: ignore[arg-type]
+    config = TrainingConfig(**training)
+    model = build_model(
+        architecture(model_config),
+        spec.categorical,
+        num_dense=num_dense_columns(spec),
+        sparse_optimizer=config.sparse_optimizer,
+        sparse_learning_rate=config.sparse_learning_rate,
+        wide_learning_rate=config.wide_learning_rate,
+        device=CPU,
+        seed=0,
+    )
+    return Learner(model, config, precision=precision, device=CPU)
+
+
+def _weights(learner: Learner) -> dict[str, torch.Tensor]:
+    tables = {piece.name: piece.tensor.clone() for piece in learner.model.tables.slices()}
+    return tables | {name: parameter.detach().clone() for name, parameter in learner.parameters.items()}
+
+
+def _greatest_difference(first: Learner, second: Learner) -> float:
+    others = _weights(second)
+    return max(float((tensor - others[name]).abs().max()) for name, tensor in _weights(first).items())
+
+
+def _pass(learner: Learner, window: EncodedWindow, batch_size: int = 64, **more: Any) -> Learned:
+    return learn(learner, window, seed=[1], policy=FixedBatch(batch_size=batch_size, learning_rate=0.01), **more)
+
+
+@pytest.mark.parametrize("kind", ["dlrm", "dcnv2", "deepfm"])
+@pytest.mark.parametrize("dense_optimizer", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("micro_batch_size", [16, 24, 63])
+def test_micro_batches_equal_one_big_batch(
+    small_spec: DatasetSpec, small_examples: MakeExamples, kind: str, dense_optimizer: str, micro_batch_size: int
+) -> None:
+    window = _window(small_spec, small_examples(320))
+    whole = _learner(small_spec, kind=kind, dense_optimizer=dense_optimizer, micro_batch_size=64)
+    parts = _learner(small_spec, kind=kind, dense_optimizer=dense_optimizer, micro_batch_size=micro_batch_size)
+    _pass(whole, window)
+    _pass(parts, window)
+    assert whole.steps == parts.steps == 5
+    assert _greatest_difference(whole, parts) < 2e-5
+
+
+def test_the_naive_loop_differs_where_ours_does_not(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    """Backward through the fused tables for each micro-batch steps sparse rows once a micro-batch."""
+    window = _window(small_spec, small_examples(320))
+    whole, naive = _learner(small_spec, micro_batch_size=64), _learner(small_spec, micro_batch_size=64)
+    _pass(whole, window)
+    cursor = BatchCursor.of(window.num_rows, seed=[1])
+    while cursor.remaining:
+        rows = cursor.next_rows(64)
+        naive.optimizer.zero_grad()
+        for part in np.split(rows, 4):
+            batch = window.minibatch(part)
+            logits_B = naive.model(naive.model.tables(batch.sparse), batch.dense_BN)
+            (weighted_log_loss_sum(logits_B, batch.labels_B, batch.weights_B) / len(rows)).backward()
+        naive._dense_step(0.01)
+    assert _greatest_difference(whole, naive) > 0.05
+
+
+def test_padding_changes_nothing(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(50))
+    bare, padded = _learner(small_spec), _learner(small_spec)
+    rows = np.arange(50)
+    bare.step(window.minibatch(rows), divisor=50, learning_rate=0.01)
+    padded.step(window.minibatch(rows, pad_to=64), divisor=50, learning_rate=0.01)
+    assert _greatest_difference(bare, padded) < 1e-6
+
+
+def test_a_weight_of_two_equals_the_row_twice(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    examples = small_examples(40)
+    twice = examples.take(np.concatenate([np.arange(40), np.arange(10)]))
+    weights = np.ones(40, np.float32)
+    weights[:10] = 2
+    learners = []
+    for rows in (twice, examples.with_weights(weights)):
+        window = encode(rows, small_spec, RunningMoments.nothing_seen(2))
+        learners.append(_learner(small_spec, sparse_optimizer="adagrad"))
+        learners[-1].step(window.minibatch(np.arange(rows.num_rows)), divisor=50, learning_rate=0.01)
+    assert _greatest_difference(*learners) < 1e-6
+
+
+def test_learning_lowers_the_loss(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    learned = _pass(_learner(small_spec), _window(small_spec, small_examples(20_000)))
+    assert learned.rows == 20_000
+    assert learned.loss_curve[-1].log_loss < learned.loss_curve[0].log_loss - 0.05
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_about_the_same(
+    small_spec: DatasetSpec, small_examples: MakeExamples, precision: Arithmetic
+) -> None:
+    window = _window(small_spec, small_examples(10_000))
+    exact, rounded = _learner(small_spec), _learner(small_spec, precision=precision)
+    curves = [_pass(learner, window).loss_curve for learner in (exact, rounded)]
+    last = [np.mean([point.log_loss for point in curve[-50:]]) for curve in curves]
+    assert last[1] == pytest.approx(last[0], abs=0.01)
+
+
+def test_fp16_unscales_before_the_tables_step(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(64))
+    exact, scaled = _learner(small_spec), _learner(small_spec, precision="fp16")
+    for learner in (exact, scaled):
+        learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.001)
+    gradients = [
+        {piece.name: piece.tensor for piece in learner.model.tables.slices() if "accumulator" in piece.name}
+        for learner in (exact, scaled)
+    ]
+    for name, accumulator in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], accumulator, rtol=0.05, atol=1e-6)
+
+
+def test_a_non_finite_loss_touches_nothing(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(64))
+    poisoned = replace(window, dense_RN=np.full_like(window.dense_RN, np.nan))
+    learner, untouched = _learner(small_spec), _learner(small_spec)
+    result = learner.step(poisoned.minibatch(np.arange(64)), divisor=64, learning_rate=0.01)
+    assert not result.learned
+    assert _greatest_difference(learner, untouched) == 0
+    assert learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.01).learned
+
+
+def test_an_overflow_in_fp16_lowers_the_scale_and_goes_on(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(64))
+    learner, untouched = _learner(small_spec, precision="fp16"), _learner(small_spec)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    result = learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.01)
+    assert not result.learned
+    assert learner.skipped_in_a_row == 0
+    assert learner.scaler.get_scale() == 2.0**39
+    assert _greatest_difference(learner, untouched) == 0
+
+
+def test_a_loss_that_stays_non_finite_ends_the_pass(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(640))
+    poisoned = replace(window, dense_RN=np.full_like(window.dense_RN, np.nan))
+    with pytest.raises(LearningDiverged, match="4 steps in a row"):
+        _pass(_learner(small_spec), poisoned)
+
+
+def test_a_pass_replays_to_the_same_bits(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(1000))
+    times = iter(np.arange(0, 1000.0))
+    stopped = _learner(small_spec)
+    clock = lambda: float(next(times))  # noqa: E731
+    deadline = Deadline(started=0, budget_seconds=30, reserve_seconds=10, clock=clock)
+    learned = _pass(stopped, window, deadline=deadline)
+    assert learned.out_of_time
+    assert 0 < learned.rows < 1000
+    assert learned.unreached_R.sum() == 1000 - learned.rows
+    replayed = _learner(small_spec)
+    learn(replayed, window, seed=[1], policy=RecordedPlan(records=learned.plan, stopped_at=learned.rows))
+    assert _greatest_difference(stopped, replayed) == 0
+
+
+def test_what_was_not_reached_is_learned_by_the_next_pass_once(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(1000))
+    times = iter(np.arange(0, 1000.0))
+    deadline = Deadline(started=0, budget_seconds=12, reserve_seconds=2, clock=lambda: float(next(times)))
+    learned = _pass(_learner(small_spec), window, deadline=deadline)
+    order = BatchCursor.of(1000, seed=[1]).order_R
+    np.testing.assert_array_equal(np.flatnonzero(learned.unreached_R), np.sort(order[learned.rows :]))
+
+
+def test_gradient_smoothing_equals_the_formula(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    """Two steps of SGD on the bias-corrected moving average of the gradients."""
+    window = _window(small_spec, small_examples(128))
+    smooth = _learner(small_spec, dense_optimizer="sgd", gradient_ema=0.9)
+    seen = []
+    for rows in np.split(np.arange(128), 2):
+        plain = _learner(small_spec, dense_optimizer="sgd")
+        plain.model.net.load_state_dict(smooth.model.net.state_dict())
+        plain.model.tables.load_slices({p.name: [p] for p in smooth.model.tables.slices()})
+        before = plain.parameters["bias"].item()
+        plain.step(window.minibatch(rows), divisor=64, learning_rate=1.0)
+        seen.append(before - plain.parameters["bias"].item())
+        start = smooth.parameters["bias"].item()
+        smooth.step(window.minibatch(rows), divisor=64, learning_rate=1.0)
+    average = (0.1 * 0.9 * seen[0] + 0.1 * seen[1]) / (1 - 0.9**2)
+    assert start - smooth.parameters["bias"].item() == pytest.approx(average, rel=1e-4)
+
+
+def test_warm_up_raises_the_rate_of_a_new_model(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(64))
+    learner = _learner(small_spec, warmup_steps=4)
+    rates = [learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.04).learning_rate for _ in range(6)]
+    assert rates == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.04, 0.04])

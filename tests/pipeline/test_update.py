@@ -1,0 +1,337 @@
+"""The whole update on a small synthetic click log: warm start, deadline, corruption, and what reaches the next update."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from filelock import FileLock
+
+from data_schemas.dataset import load_spec
+from data_schemas.errors import CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
+from pipeline.config import UpdateConfig, load_config
+from pipeline.data.ingest import ingest_landing
+from pipeline.data.lake import ClickLog, Quarantine
+from pipeline.model_state import restore_or_create
+from pipeline.outcome import UpdateReport
+from pipeline.publishing.checkpoint import current_version, load_dense, read_manifest, versions
+from pipeline.publishing.predictor import export_predictor, load_predictor
+from pipeline.training.processes import Processes
+from pipeline.update import run_update
+
+TOML = """
+name = "tiny"
+user = "user"
+item = "item"
+event_key = ["event_id"]
+[time]
+column = "time"
+[label]
+column = "label"
+[[categorical]]
+name = "user"
+type = "integer"
+capacity = 256
+embedding_dim = 8
+[[categorical]]
+name = "item"
+capacity = 128
+embedding_dim = 8
+[[categorical]]
+name = "tags"
+many = true
+capacity = 32
+embedding_dim = 8
+[[categorical]]
+name = "hour_of_day"
+from_time = "hour_of_day"
+capacity = 24
+embedding_dim = 8
+[[numeric]]
+name = "price"
+lower = 0.0
+"""
+SETTINGS = ["training.precision='fp32'", "training.batch_size=64", "training.micro_batch_size=32", "tracking.enabled=false"]
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> UpdateConfig:
+    (tmp_path / "tiny.toml").write_text(TOML)
+    (tmp_path / "landing").mkdir()
+    places = [f"dataset={tmp_path / 'tiny.toml'}", f"landing={tmp_path / 'landing'}", f"state_dir={tmp_path / 'state'}"]
+    return load_config(overrides=[*places, "model.hidden=[8]", "model.interaction_dim=8", *SETTINGS])
+
+
+def _write_hour(config: UpdateConfig, hour: int, *, rows: int = 300, labels: int | None = None) -> None:
+    rng = np.random.default_rng([hour, 5])
+    users, items = rng.integers(0, 50, rows), rng.integers(0, 30, rows)
+    clicked = rng.random(rows) < 1 / (1 + np.exp(1 - np.sin(users) - np.cos(items)))
+    table = pa.table(
+        {
+            "event_id": [f"{hour}-{i}" for i in range(rows)],
+            "time": pa.array([START.replace(day=1 + hour // 24, hour=hour % 24)] * rows, pa.timestamp("us", "UTC")),
+            "label": (clicked.astype(int) if labels is None else np.full(rows, labels)).tolist(),
+            "user": users,
+            "item": [f"i{i}" for i in items],
+            "tags": [[f"t{i % 5}"] * (i % 3) for i in items.tolist()],
+            "price": pa.array([None if i % 7 == 0 else float(i) for i in items.tolist()], pa.float64()),
+        }
+    )
+    pq.write_table(table, f"{config.landing}/hour-{hour:03d}.parquet")
+
+
+def _ingest(config: UpdateConfig) -> None:
+    spec = load_spec(config.dataset)
+    log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
+    ingest_landing(config.landing, log, quarantine, spec, now=datetime.now(UTC))
+
+
+def _learn_all(config: UpdateConfig) -> list[UpdateReport]:
+    reports = []
+    while report := run_update(config):
+        reports.append(report)
+    return reports
+
+
+def _bits(config: UpdateConfig) -> dict[str, bytes]:
+    """Every number that the current checkpoint holds."""
+    state = restore_or_create(config, load_spec(config.dataset), Processes())
+    manifest = read_manifest(config.model_dir, state.version)
+    tensors = load_dense(config.model_dir, manifest)
+    tensors |= {piece.name: piece.tensor for piece in state.learner.model.tables.slices()}
+    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()} | {
+        "moments": str(manifest.moments).encode()
+    }
+
+
+def test_hours_are_learned_in_order_and_the_model_gets_better(config: UpdateConfig) -> None:
+    for hour in range(6):
+        _write_hour(config, hour, rows=600)
+    _ingest(config)
+    reports = _learn_all(config)
+    assert [report.window_start.hour for report in reports] == list(range(6))
+    assert [report.version for report in reports] == list(range(1, 7))
+    assert all(report.rows_learned == report.rows == 600 for report in reports)
+    assert reports[0].before is None
+    last = reports[-1].before
+    assert last is not None
+    assert last.auc is not None
+    assert last.auc > 0.6
+    assert run_update(config) is None
+
+
+def test_twelve_windows_with_a_restart_between_each_equal_twelve_without(
+    config: UpdateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each update of `config` restores from disk; the others keep their model in memory all along."""
+    for hour in range(12):
+        _write_hour(config, hour)
+    overrides = {"dense_optimizer": "adagrad", "gradient_ema": 0.9, "weight_ema": 0.99, "warmup_steps": 20}
+    config = config.model_copy(update={"training": config.training.model_copy(update=overrides)})
+    _ingest(config)
+    together = config.model_copy(update={"model_name": "together"})
+    _learn_all(config)
+
+    kept = {}
+    import pipeline.update as update
+
+    def restore_once(settings: UpdateConfig, spec: object) -> object:
+        return kept.get("state") or restore_or_create(settings, spec)  # type: ignore[arg-type]
+
+    def save_and_keep(*args: object, **more: object) -> object:
+        kept["state"] = original(*args, **more)  # type: ignore[arg-type]
+        return kept["state"]
+
+    original = update.save
+    monkeypatch.setattr(update, "restore_or_create", restore_once)
+    monkeypatch.setattr(update, "save", save_and_keep)
+    assert len(_learn_all(together)) == 12
+    assert _bits(config) == _bits(together)
+
+
+def test_out_of_time_rows_are_learned_by_the_next_update_and_the_budget_holds(config: UpdateConfig) -> None:
+    _write_hour(config, 0, rows=600)
+    _ingest(config)
+    ticks = iter(np.arange(0.0, 1e6))
+    slow = config.model_copy(update={"budget": config.budget.model_copy(update={"seconds": 28.0, "min_reserve_seconds": 10})})
+    report = run_update(slow, clock=lambda: float(next(ticks)))
+    assert report is not None
+    assert 0 < report.rows_learned < 600
+    assert report.rows_pending == 600 - report.rows_learned
+    assert report.total_seconds < 28
+    assert any("out of time" in note for note in report.notes)
+    assert run_update(config) is None, "pending rows alone make no window"
+    _write_hour(config, 1, rows=100)
+    _ingest(config)
+    after = run_update(config)
+    assert after is not None
+    assert after.rows == after.rows_learned == 100 + report.rows_pending
+    assert after.rows_pending == 0
+
+
+def test_an_hour_of_one_class_is_learned_and_has_no_auc(config: UpdateConfig) -> None:
+    _write_hour(config, 0)
+    _write_hour(config, 1, labels=0)
+    _ingest(config)
+    _, report = _learn_all(config)
+    assert report.before is not None
+    assert report.before.auc is None
+    assert report.before.log_loss > 0
+    assert any("of one class" in note for note in report.notes)
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(config: UpdateConfig) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    _ingest(config)
+    _learn_all(config)
+    broken = config.model_dir / "checkpoints" / "v000003" / "tables-0-of-1.safetensors"
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 1
+    broken.write_bytes(content)
+    report = run_update(config)
+    assert report is not None
+    assert report.window_start.hour == 2, "the hour of the lost version is learned again"
+    assert report.version == 4
+    assert any("v000003" in note and "went back" in note for note in report.notes)
+
+
+def test_a_model_without_any_whole_checkpoint_is_not_silently_new(config: UpdateConfig) -> None:
+    _write_hour(config, 0)
+    _ingest(config)
+    _learn_all(config)
+    (config.model_dir / "checkpoints" / "v000001" / "manifest.json").write_text("{")
+    with pytest.raises(CorruptCheckpoint, match=r"no checkpoint in .* is whole"):
+        run_update(config)
+
+
+def test_another_spec_or_another_architecture_is_refused(config: UpdateConfig, tmp_path: Path) -> None:
+    _write_hour(config, 0)
+    _ingest(config)
+    _learn_all(config)
+    wider = config.model_copy(update={"model": config.model.model_copy(update={"hidden": (16,)})})
+    with pytest.raises(SpecMismatch, match="another architecture"):
+        run_update(wider)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tiny.toml").write_text(TOML.replace("capacity = 128", "capacity = 64"))
+    other = config.model_copy(update={"dataset": str(tmp_path / "other" / "tiny.toml")})
+    with pytest.raises(SpecMismatch, match="its features differ"):
+        run_update(other)
+
+
+def test_an_update_in_progress_is_respected(config: UpdateConfig) -> None:
+    config.model_dir.mkdir(parents=True)
+    with FileLock(config.model_dir / "lock"), pytest.raises(UpdateInProgress, match="another update"):
+        run_update(config)
+
+
+def test_a_full_disk_leaves_the_model_before_and_the_rows_waiting(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_hour(config, 0)
+    _write_hour(config, 1)
+    _ingest(config)
+    assert run_update(config) is not None
+    assert run_update(config) is not None
+    done = current_version(config.model_dir)
+    import pipeline.publishing.checkpoint as checkpoint
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        _write_hour(config, 2)
+        _ingest(config)
+        with pytest.raises(OSError, match="No space left"):
+            run_update(config)
+    assert current_version(config.model_dir) == done
+    assert not list((config.model_dir / "checkpoints").glob("*.tmp"))
+    report = run_update(config)
+    assert report is not None
+    assert report.version == (done or 0) + 1
+
+
+def test_only_the_last_checkpoints_are_kept(config: UpdateConfig) -> None:
+    for hour in range(5):
+        _write_hour(config, hour)
+    _ingest(config)
+    _learn_all(config.model_copy(update={"keep_checkpoints": 2}))
+    assert versions(config.model_dir) == [4, 5]
+
+
+def test_a_frozen_model_is_measured_beside_the_fresh_one(config: UpdateConfig) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    _ingest(config)
+    frozen = config.evaluation.model_copy(update={"frozen_after_updates": 1})
+    reports = _learn_all(config.model_copy(update={"evaluation": frozen}))
+    assert reports[0].frozen is None
+    assert reports[1].frozen == reports[1].before, "after one update the frozen model is the current one"
+    assert reports[2].frozen != reports[2].before
+
+
+def test_the_predictor_answers_raw_rows_as_training_does(config: UpdateConfig, tmp_path: Path) -> None:
+    _write_hour(config, 0)
+    _ingest(config)
+    _learn_all(config)
+    spec = load_spec(config.dataset)
+    state = restore_or_create(config, spec, Processes())
+    export_predictor(state, spec, config.model, tmp_path / "served")
+    served = load_predictor(tmp_path / "served")
+    frame = pd.DataFrame(
+        {
+            "user": [1, 2, None],
+            "item": ["i1", None, "never seen"],
+            "tags": [["t1", "t2"], "t1|t2", None],
+            "price": [3.0, None, 1e9],
+            "event_time": ["2026-01-01T00:00:00Z"] * 3,
+        }
+    )
+    answers = served.predict(frame)
+    assert ((answers > 0) & (answers < 1)).all()
+    np.testing.assert_array_equal(answers[:1], served.predict(frame[:1]))
+    with pytest.raises(DataError, match="no column 'item'"):
+        served.predict(frame.drop(columns=["item"]))
+    with pytest.raises(DataError, match="'event_time'"):
+        served.predict(frame.drop(columns=["event_time"]))
+    with pytest.raises(DataError, match="column 'user' must hold int64"):
+        served.predict(frame.assign(user=["a", "b", "c"]))
+
+
+def test_a_killed_update_leaves_nothing_that_disturbs_the_next(config: UpdateConfig) -> None:
+    _write_hour(config, 0)
+    _ingest(config)
+    leftover = config.model_dir / "checkpoints" / "v000001.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "dense.safetensors").write_bytes(b"half")
+    report = run_update(config)
+    assert report is not None
+    assert report.version == 1
+    assert not leftover.exists()
+
+
+def test_two_models_have_their_own_cursor_on_one_click_log(config: UpdateConfig) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    _ingest(config)
+    assert len(_learn_all(config)) == 3
+    window = config.window.model_copy(update={"hours": 24})
+    nightly = _learn_all(config.model_copy(update={"model_name": "nightly", "window": window}))
+    assert [report.rows for report in nightly] == [900]
+
+
+def test_random_state_is_restored(config: UpdateConfig) -> None:
+    _write_hour(config, 0)
+    _ingest(config)
+    _learn_all(config)
+    draws = []
+    for _ in range(2):
+        restore_or_create(config, load_spec(config.dataset), Processes())
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
