@@ -1,6 +1,6 @@
 """MiniBatch: what one step of the learner takes in.
 
-Letters: B rows of the batch, N dense columns, F features.
+Letters: B rows of the batch, N dense columns.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 class MiniBatch:
     """Rows of one step, as tensors on one device."""
 
-    sparse: KeyedJaggedTensor
-    """F keys in the order of the spec, stride B; values are table rows."""
+    deep: KeyedJaggedTensor
+    """Weighted table rows for the embeddings, stride B; lists have weights that sum to 1."""
+    wide: KeyedJaggedTensor
+    """Weighted table rows for the wide part, stride B."""
+    history_row_B: torch.Tensor | None
+    """`[B] int64`: the row of this batch that carries the history of row b's user, whose ids are looked up once a batch."""
     dense_BN: torch.Tensor
     """`[B, N] float32`: normalised numbers, then their missing flags."""
     labels_B: torch.Tensor
@@ -30,7 +34,9 @@ class MiniBatch:
     def to(self, device: torch.device) -> "MiniBatch":
         """The same batch on `device`."""
         return MiniBatch(
-            sparse=self.sparse.to(device, non_blocking=True),
+            deep=self.deep.to(device, non_blocking=True),
+            wide=self.wide.to(device, non_blocking=True),
+            history_row_B=None if self.history_row_B is None else self.history_row_B.to(device, non_blocking=True),
             dense_BN=self.dense_BN.to(device, non_blocking=True),
             labels_B=self.labels_B.to(device, non_blocking=True),
             weights_B=self.weights_B.to(device, non_blocking=True),

@@ -1,8 +1,8 @@
 """Embedding tables whose optimizer runs inside the backward pass (torchrec over fbgemm).
 
-Enters: a KeyedJaggedTensor of table rows. Leaves: `Pooled`, one embedding and one wide weight a feature.
+Enters: KeyedJaggedTensors of table rows with weights. Leaves: `Pooled`, an embedding and a wide weight for each key.
 
-Letters: B rows of the batch, F features, S the sum of the embedding lengths of all features.
+Letters: B rows of the batch, W wide weights, S the sum of the embedding lengths of all lookups.
 """
 
 import inspect
@@ -19,8 +19,8 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from data_schemas.dataset import Categorical
 from data_schemas.errors import CorruptCheckpoint
+from models.tables import Table, TableLayout
 
 SparseOptimizer = Literal["adagrad", "rowwise_adagrad"]
 
@@ -32,12 +32,12 @@ INITIAL_BOUND = 0.01 * 3**0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """What the tables give for a batch; lists are averaged, an empty list is zero."""
+    """What the tables give for a batch: weighted sums of embeddings; no ids give zero."""
 
     deep_BS: torch.Tensor
-    """Embeddings of all features side by side, in the order of `EmbeddingTables.feature_names`."""
-    wide_BF: torch.Tensor
-    """One weight a feature."""
+    """Embeddings of all lookups side by side, in the order of `TableLayout.deep_keys`."""
+    wide_BW: torch.Tensor
+    """One weight a feature and a cross, in the order of `TableLayout.wide_keys`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class TableSlice:
 
 
 class EmbeddingTables(nn.Module):
-    """One fused table a feature for its embedding, and one for its wide weight.
+    """Fused tables for embeddings, and for wide weights.
 
     The deep tables have Adagrad by row (one accumulator a row) or by coordinate; the wide ones always by coordinate
     (Duchi et al. 2011), which is what makes one pass over a small stream learn as well as a linear learner does.
@@ -60,7 +60,7 @@ class EmbeddingTables(nn.Module):
 
     def __init__(
         self,
-        features: Sequence[Categorical],
+        layout: TableLayout,
         *,
         sparse_optimizer: SparseOptimizer,
         sparse_learning_rate: float,
@@ -68,28 +68,29 @@ class EmbeddingTables(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        features = sorted(features, key=lambda feature: feature.many)
-        self.feature_names = [feature.name for feature in features]
-        """Order of the outputs: torchrec groups tables by pooling, so single ids come before lists."""
-        self.dims = [feature.embedding_dim for feature in features]
-        deep = [_table(feature, "deep", feature.embedding_dim, INITIAL_BOUND) for feature in features]
-        wide = [_table(feature, "wide", WIDE_DIM, 0.0) for feature in features]
+        self.layout = layout
         by_row = sparse_optimizer == "rowwise_adagrad"
         self.deep = FusedEmbeddingBagCollection(
-            deep,
+            [_config(table, "deep", table.dim, INITIAL_BOUND) for table in layout.deep],
             optimizer_type=RowWiseAdagrad if by_row else torch.optim.Adagrad,
             optimizer_kwargs={"lr": sparse_learning_rate},
+            is_weighted=True,
             device=device,
         )
         self.wide = FusedEmbeddingBagCollection(
-            wide, optimizer_type=torch.optim.Adagrad, optimizer_kwargs={"lr": wide_learning_rate}, device=device
+            [_config(table, "wide", WIDE_DIM, 0.0) for table in layout.wide],
+            optimizer_type=torch.optim.Adagrad,
+            optimizer_kwargs={"lr": wide_learning_rate},
+            is_weighted=True,
+            device=device,
         )
 
-    def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
+    def forward(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> Pooled:
         """Looks every id up once. Backward through the result steps the tables at once: call it once a step."""
-        deep_BS = _in_order(self.deep(sparse), self.feature_names)
-        wide_BF = _in_order(self.wide(sparse), self.feature_names)[:, ::WIDE_DIM]
-        return Pooled(deep_BS=deep_BS, wide_BF=wide_BF)
+        return Pooled(
+            deep_BS=_in_order(self.deep(deep), self.layout.deep_keys),
+            wide_BW=_in_order(self.wide(wide), self.layout.wide_keys)[:, ::WIDE_DIM],
+        )
 
     def set_learning_rates(self, *, sparse: float, wide: float) -> None:
         """Takes effect with the next backward pass."""
@@ -134,13 +135,13 @@ def _in_order(pooled: KeyedTensor, names: list[str]) -> torch.Tensor:
     return values
 
 
-def _table(feature: Categorical, part: str, dim: int, bound: float) -> EmbeddingBagConfig:
+def _config(table: Table, part: str, dim: int, bound: float) -> EmbeddingBagConfig:
     return EmbeddingBagConfig(
-        name=f"{part}_{feature.name}",
-        feature_names=[feature.name],
-        num_embeddings=feature.capacity,
+        name=f"{part}_{table.name}",
+        feature_names=list(table.lookups),
+        num_embeddings=table.rows,
         embedding_dim=dim,
-        pooling=PoolingType.MEAN if feature.many else PoolingType.SUM,
+        pooling=PoolingType.SUM,
         weight_init_min=-bound,
         weight_init_max=bound,
     )

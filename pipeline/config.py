@@ -56,6 +56,8 @@ class TrainingConfig(_Part):
     """Rows of a step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 512
     """Rows that go through the dense network at once, in each process; bounds memory, keeps shapes static."""
+    sparse_step_rows: Annotated[int, Field(ge=0)] = 0
+    """Embeddings step once in at least this many rows, with the gradients of all batches in them; 0 for once a batch."""
     precision: Precision = "auto"
     """Arithmetic of the dense network; `auto` measures what this machine is fastest at when the model is first made."""
     dense_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"

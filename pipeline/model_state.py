@@ -17,8 +17,9 @@ import torch
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint, SpecMismatch
 from models.ctr import Architecture, CtrModel, build_model
+from models.tables import table_layout
 from pipeline.config import ModelConfig, UpdateConfig
-from pipeline.data.loader import num_dense_columns
+from pipeline.data.encode import num_dense_columns
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
 from pipeline.publishing.checkpoint import (
@@ -183,7 +184,7 @@ def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> N
 def _model(config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device) -> CtrModel:
     model = build_model(
         architecture(config.model),
-        spec.categorical,
+        table_layout(spec),
         num_dense=num_dense_columns(spec),
         sparse_optimizer=config.training.sparse_optimizer,
         sparse_learning_rate=config.training.sparse_learning_rate,
@@ -201,8 +202,8 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
     precision = choose_precision(
         config.training.precision,
         model.net,
-        deep_width=sum(model.tables.dims),
-        wide_width=len(model.tables.dims),
+        deep_width=sum(model.layout.deep_dims),
+        wide_width=len(model.layout.wide_keys),
         num_dense=num_dense_columns(spec),
         rows=config.training.micro_batch_size,
         device=device,

@@ -56,7 +56,7 @@ class UpdateReport:
     """Of them, rows whose hour lies before `window_start`."""
     rows_learned: int
     rows_pending: int
-    """Rows that no update has reached yet."""
+    """Rows of this window that are left for the next update: out of time, or over `window.max_rows`."""
     batch_size: int
     """Rows of the last step."""
     precision: str

@@ -24,8 +24,9 @@ from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import UpdateInProgress
 from data_schemas.examples import F32, I64, Examples
 from pipeline.config import UpdateConfig
+from pipeline.data.encode import EncodedWindow, encode
 from pipeline.data.lake import ClickLog
-from pipeline.data.loader import EncodedWindow, columns_to_read, encode, to_examples
+from pipeline.data.loader import columns_to_read, to_examples
 from pipeline.data.normalise import transform
 from pipeline.data.windows import Window, as_time, next_window, read_window
 from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
@@ -281,7 +282,7 @@ def _report(
         rows=window.num_rows,
         late_rows=window.late_rows,
         rows_learned=learned.rows,
-        rows_pending=sum(piece.num_rows for piece in saved.cursor.pending),
+        rows_pending=sum(piece.num_rows for piece in saved.cursor.pending if piece.file.hour < window.end),
         batch_size=learned.last_batch_size,
         precision=saved.learner.precision,
         before=before,

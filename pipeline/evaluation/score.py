@@ -11,7 +11,7 @@ import torch
 from data_schemas.examples import F32, I64
 from models.ctr import CtrModel
 from models.embeddings import Pooled
-from pipeline.data.loader import EncodedWindow
+from pipeline.data.encode import EncodedWindow
 
 SCORING_BATCH = 8192
 
@@ -38,8 +38,8 @@ def probabilities(
         if not go_on():
             break
         batch = window.minibatch(rows[start : start + SCORING_BATCH]).to(device)
-        pooled: Pooled = model.tables(batch.sparse)
-        inputs = (pooled.deep_BS, pooled.wide_BF, batch.dense_BN)
+        pooled: Pooled = model.tables(batch.deep, batch.wide)
+        inputs = (model.layout.with_history(pooled.deep_BS, batch.history_row_B), pooled.wide_BW, batch.dense_BN)
         logits_B = torch.func.functional_call(model.net, dict(dense_weights), inputs)
         scored.append(torch.sigmoid(logits_B.double()).float().cpu().numpy())
     return np.concatenate(scored)

@@ -19,8 +19,10 @@ from data_schemas.errors import DataError
 from data_schemas.examples import F32, Examples
 from models.ctr import CtrModel, build_model
 from models.embeddings import TableSlice
+from models.tables import table_layout
 from pipeline.config import ModelConfig
-from pipeline.data.loader import encode, num_dense_columns, to_examples
+from pipeline.data.encode import encode, num_dense_columns
+from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState, architecture, default_device
@@ -91,7 +93,7 @@ def load_predictor(folder: Path) -> Predictor:
     device = default_device()
     model = build_model(
         architecture(description.model),
-        spec.categorical,
+        table_layout(spec),
         num_dense=num_dense_columns(spec),
         sparse_optimizer="rowwise_adagrad",
         sparse_learning_rate=1.0,

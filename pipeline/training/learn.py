@@ -3,18 +3,18 @@
 Enters: an encoded window and a learner. Leaves: the learner changed in place, and what was done, to report and to replay.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.loader import EncodedWindow
+from pipeline.data.encode import EncodedWindow
 from pipeline.outcome import LossPoint, PlanRecord
 from pipeline.training.batch_size import BatchPolicy, Decision
 from pipeline.training.budget import Deadline
-from pipeline.training.learner import Learner, StepResult
+from pipeline.training.learner import Chunk, Learner, StepResult
+from pipeline.training.processes import Processes
 from sampling.minibatches import BatchCursor
 
 LOSS_POINTS = 200
@@ -53,36 +53,81 @@ def learn(
     cursor = BatchCursor.of(window.num_rows, seed=seed)
     trace = _Trace(window.num_rows)
     mean_weight = float(window.weights_R.mean()) if window.num_rows else 1.0
-    started_left = deadline.learning_seconds_left() if deadline else math.inf
-    out_of_time = False
-    while cursor.remaining:
-        left = deadline.learning_seconds_left() if deadline else math.inf
-        out_of_time = learner.processes.total(float(left <= 0)) > 0
-        decision = None if out_of_time else policy.decide(step=trace.steps, position=cursor.position)
-        if decision is None:
-            break
-        position = cursor.position
-        rows = cursor.next_rows(decision.batch_size)
-        result = _one_step(learner, window, rows, decision, mean_weight)
-        seconds = started_left - deadline.learning_seconds_left() if deadline else 0.0
-        trace.add(decision, result, position=position, rows=len(rows), seconds=seconds)
-        progress(cursor.position, window.num_rows)
+    stopwatch = _Stopwatch(deadline, learner.processes)
+    while not stopwatch.out_of_time and (batches := _plan_chunk(cursor, policy, trace.steps, learner.config.sparse_step_rows)):
+        chunk, own_rows = _look_up(learner, window, batches)
+        for batch, rows in zip(batches, own_rows, strict=True):
+            if stopwatch.is_up():
+                cursor.position = batch.position
+                break
+            divisor = len(batch.rows) * mean_weight
+            result = learner.step(chunk, rows, divisor=divisor, learning_rate=batch.decision.learning_rate)
+            trace.add(batch, result, seconds=stopwatch.seconds())
+            progress(batch.position + len(batch.rows), window.num_rows)
+        learner.finish(chunk)
     unreached_R = np.zeros(window.num_rows, bool)
     unreached_R[cursor.order_R[cursor.position :]] = True
-    return trace.learned(unreached_R, out_of_time=out_of_time)
+    return trace.learned(unreached_R, out_of_time=stopwatch.out_of_time)
 
 
-def _one_step(
-    learner: Learner, window: EncodedWindow, rows: npt.NDArray[np.int64], decision: Decision, mean_weight: float
-) -> StepResult:
-    """The step over `rows`, of which each process takes every n-th."""
-    mine = rows[learner.processes.rank :: learner.processes.count]
-    micro = learner.config.micro_batch_size
-    share = _ceil_div(decision.batch_size, learner.processes.count)
-    most = _ceil_div(len(rows), learner.processes.count)
-    pad_to = share if share <= micro else _ceil_div(most, micro) * micro
-    batch = window.minibatch(mine, pad_to=pad_to)
-    return learner.step(batch, divisor=len(rows) * mean_weight, learning_rate=decision.learning_rate)
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Rows of one step, over all processes."""
+
+    decision: Decision
+    step: int
+    position: int
+    """Rows of the permutation before it."""
+    rows: npt.NDArray[np.int64]
+
+
+def _plan_chunk(cursor: BatchCursor, policy: BatchPolicy, step: int, chunk_rows: int) -> list[_Batch]:
+    """The next batches whose ids are looked up together: at least one, as long as there are rows and the plan goes on."""
+    batches: list[_Batch] = []
+    while cursor.remaining and sum(len(batch.rows) for batch in batches) < max(chunk_rows, 1):
+        position = cursor.position
+        decision = policy.decide(step=step + len(batches), position=position)
+        if decision is None:
+            break
+        rows = cursor.next_rows(decision.batch_size)
+        batches.append(_Batch(decision=decision, step=step + len(batches), position=position, rows=rows))
+    return batches
+
+
+def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch]) -> tuple[Chunk, list[slice]]:
+    """The chunk of these batches, and where in it each batch lies.
+
+    Each process takes every n-th row of a batch; where that does not come out even, a row of weight 0 fills the shape, so that
+    all processes exchange tensors of one size.
+    """
+    rank, count = learner.processes.rank, learner.processes.count
+    shares = [_ceil_div(len(batch.rows), count) for batch in batches]
+    ends = np.cumsum(shares)
+    rows = [
+        np.resize(batch.rows[rank::count] if rank < len(batch.rows) else batch.rows, share)
+        for batch, share in zip(batches, shares, strict=True)
+    ]
+    filling = [np.arange(share) >= len(batch.rows[rank::count]) for batch, share in zip(batches, shares, strict=True)]
+    chunk = learner.look_up(window.minibatch(np.concatenate(rows), filling_B=np.concatenate(filling)))
+    return chunk, [slice(int(end) - share, int(end)) for end, share in zip(ends, shares, strict=True)]
+
+
+class _Stopwatch:
+    """Asks the deadline, so that all processes stop at the same batch."""
+
+    def __init__(self, deadline: Deadline | None, processes: Processes) -> None:
+        self._deadline = deadline
+        self._processes = processes
+        self._left_at_start = deadline.learning_seconds_left() if deadline else 0.0
+        self.out_of_time = False
+
+    def is_up(self) -> bool:
+        passed = self._deadline is not None and self._deadline.learning_seconds_left() <= 0
+        self.out_of_time = self._processes.total(float(passed)) > 0
+        return self.out_of_time
+
+    def seconds(self) -> float:
+        return self._left_at_start - self._deadline.learning_seconds_left() if self._deadline else 0.0
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:
@@ -102,18 +147,11 @@ class _Trace:
         self.rows_a_point = max(num_rows // LOSS_POINTS, 1)
         self.gathered: list[tuple[float, int]] = []
 
-    def add(self, decision: Decision, result: StepResult, *, position: int, rows: int, seconds: float) -> None:
+    def add(self, batch: _Batch, result: StepResult, *, seconds: float) -> None:
+        decision, rows = batch.decision, len(batch.rows)
         last = self.plan[-1] if self.plan else None
         if last is None or (last.batch_size, last.learning_rate) != (decision.batch_size, decision.learning_rate):
-            self.plan.append(
-                PlanRecord(
-                    step=self.steps,
-                    position=position,
-                    batch_size=decision.batch_size,
-                    learning_rate=decision.learning_rate,
-                    reason=decision.reason,
-                )
-            )
+            self.plan.append(PlanRecord(step=batch.step, position=batch.position, **vars(decision)))
         self.steps += 1
         self.last_batch_size = rows
         if not result.learned:
@@ -122,7 +160,7 @@ class _Trace:
         self.rows_learned += rows
         self.gathered.append((result.log_loss, rows))
         if sum(count for _, count in self.gathered) >= self.rows_a_point:
-            self._close_point(position + rows, seconds)
+            self._close_point(batch.position + rows, seconds)
 
     def learned(self, unreached_R: npt.NDArray[np.bool_], *, out_of_time: bool) -> Learned:
         return Learned(

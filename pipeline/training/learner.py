@@ -1,14 +1,18 @@
-"""The step: one sparse update and one dense update a batch, whatever the number of micro-batches.
+"""The step: dense weights step once a batch, sparse rows once a chunk of one or more batches.
 
-    look up once -> dense network over micro-batches, gradients of the embeddings collected -> sparse backward -> dense step
+    look a chunk's ids up once -> for each batch: dense network over micro-batches, dense step -> one sparse backward
 
 fbgemm's tables apply their optimizer inside backward, so a backward through them for each micro-batch would step sparse
-rows several times and dense weights once. Here the tables see one backward a batch: accumulation is exact for both.
+rows several times and dense weights once. Here the tables see one backward a chunk: accumulation is exact for both.
 
-Letters: B rows of the batch in this process, m of a micro-batch, S the sum of embedding lengths, F features, N dense columns.
+With a chunk of many batches the dense network learns from embeddings as they were before the chunk: as it will meet them
+when it predicts the next window, and not adapted to other rows of the same users and items a moment ago.
+
+Letters: C rows of the chunk in this process, B of a batch, m of a micro-batch, S the sum of embedding lengths, W wide weights.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +24,7 @@ from data_schemas.minibatch import MiniBatch
 from models.ctr import CtrModel
 from models.embeddings import Pooled
 from models.loss import weighted_log_loss_sum
+from models.tables import TableLayout
 from pipeline.config import TrainingConfig
 from pipeline.training.optimizers import dense_optimizer, warmed_up
 from pipeline.training.processes import Processes
@@ -66,34 +71,42 @@ class Learner:
         self.gradient_average = MovingAverage(self.parameters, config.gradient_ema) if config.gradient_ema else None
         self.weight_average = MovingAverage(self.parameters, config.weight_ema) if config.weight_ema else None
 
-    def step(self, batch: MiniBatch, *, divisor: float, learning_rate: float) -> StepResult:
-        """Learns a batch.
+    def look_up(self, batch: MiniBatch) -> "Chunk":
+        """Looks the ids of a chunk up, for the steps that follow; `finish` learns them."""
+        batch = batch.to(self.device)
+        return Chunk(batch, self.model.tables(batch.deep, batch.wide))
+
+    def step(self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float) -> StepResult:
+        """Learns one batch with the dense weights, and keeps what it means for the sparse rows.
 
         Args:
-            batch: this process's rows; padded rows have weight 0.
+            chunk: looked up before.
+            rows: the batch, as rows of the chunk; padded rows have weight 0.
             divisor: rows of the whole batch, over all processes, times the window's mean weight.
             learning_rate: of the dense optimizer, before warm-up.
 
         Raises:
             LearningDiverged: more than `training.max_skipped_steps` steps in a row were not finite.
         """
-        batch = batch.to(self.device)
-        pooled = self.model.tables(batch.sparse)
-        leaves = _Leaves(pooled)
         self.optimizer.zero_grad()
-        loss_sum = self._accumulate(leaves, batch, divisor)
-        self._unscale(leaves)
+        pieces = list(self._micro_batches(chunk, rows))
+        loss_sum = sum((self._backward(chunk, piece, divisor) for piece in pieces), torch.zeros((), device=self.device))
+        self._unscale(pieces)
         self.processes.sum_gradients(list(self.parameters.values()))
         log_loss = self.processes.total(float(loss_sum))
-        finite = self.processes.total(float(not (math.isfinite(log_loss) and self._gradients_are_finite(leaves)))) == 0
+        finite = self.processes.total(float(not (math.isfinite(log_loss) and self._gradients_are_finite(pieces)))) == 0
         rate = warmed_up(learning_rate, self.steps, self.config.warmup_steps)
         if finite:
-            torch.autograd.backward([pooled.deep_BS, pooled.wide_BF], [leaves.deep_gradient, leaves.wide_gradient])
+            chunk.keep_gradients(pieces, self.model.layout)
             self._dense_step(rate)
         if self.precision == "fp16":
             self.scaler.update()
         self._count(finite, log_loss)
         return StepResult(log_loss=log_loss, learned=finite, learning_rate=rate)
+
+    def finish(self, chunk: "Chunk") -> None:
+        """One step of the sparse rows, with the gradients of all batches of the chunk that were learned."""
+        torch.autograd.backward([chunk.pooled.deep_BS, chunk.pooled.wide_BW], [chunk.deep_gradient_CS, chunk.wide_gradient_CW])
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of the dense network."""
@@ -111,28 +124,29 @@ class Learner:
             return self.weight_average.averages()
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def _accumulate(self, leaves: "_Leaves", batch: MiniBatch, divisor: float) -> torch.Tensor:
-        """Forward and backward of the dense network, micro-batch by micro-batch; the loss over this process's rows."""
-        total = torch.zeros((), device=self.device)
-        size = min(self.config.micro_batch_size, batch.num_rows)
-        for start in range(0, batch.num_rows, size):
-            part = slice(start, start + size)
-            with self.autocast():
-                logits_m = self.model.net(leaves.deep_BS[part], leaves.wide_BF[part], batch.dense_BN[part])
-            loss = weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part]) / divisor
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
+    def _micro_batches(self, chunk: "Chunk", rows: slice) -> Iterator["_MicroBatch"]:
+        for start in range(rows.start, rows.stop, self.config.micro_batch_size):
+            yield _MicroBatch(chunk, slice(start, min(start + self.config.micro_batch_size, rows.stop)), self.model.layout)
 
-    def _unscale(self, leaves: "_Leaves") -> None:
+    def _backward(self, chunk: "Chunk", piece: "_MicroBatch", divisor: float) -> torch.Tensor:
+        """Forward and backward of the dense network over a micro-batch; its share of the batch's loss."""
+        part = piece.rows
+        with self.autocast():
+            logits_m = self.model.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
+        loss = weighted_log_loss_sum(logits_m, chunk.batch.labels_B[part], chunk.batch.weights_B[part]) / divisor
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _unscale(self, pieces: Sequence["_MicroBatch"]) -> None:
         """Divides the loss scale out of all gradients: the fused tables apply theirs at once, unscaled or not."""
         if self.precision != "fp16":
             return
         self.scaler.unscale_(self.optimizer)
-        self.scaler.unscale_(torch.optim.SGD([leaves.deep_BS, leaves.wide_BF], lr=0.0))
+        leaves = [leaf for piece in pieces for leaf in (piece.deep_mS, piece.wide_mW)]
+        self.scaler.unscale_(torch.optim.SGD(leaves, lr=0.0))
 
-    def _gradients_are_finite(self, leaves: "_Leaves") -> bool:
-        gradients = [leaves.deep_gradient, leaves.wide_gradient]
+    def _gradients_are_finite(self, pieces: Sequence["_MicroBatch"]) -> bool:
+        gradients = [leaf.grad for piece in pieces for leaf in (piece.deep_mS, piece.wide_mW) if leaf.grad is not None]
         gradients += [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
@@ -157,19 +171,38 @@ class Learner:
             )
 
 
-class _Leaves:
-    """The looked-up embeddings, cut off from the tables, where the gradients of all micro-batches gather."""
+class Chunk:
+    """Rows whose ids were looked up together, and the gradients that gather for them."""
 
-    def __init__(self, pooled: Pooled) -> None:
-        self.deep_BS = pooled.deep_BS.detach().requires_grad_()
-        self.wide_BF = pooled.wide_BF.detach().requires_grad_()
+    def __init__(self, batch: MiniBatch, pooled: Pooled) -> None:
+        self.batch = batch
+        self.pooled = pooled
+        self.deep_gradient_CS = torch.zeros_like(pooled.deep_BS)
+        self.wide_gradient_CW = torch.zeros_like(pooled.wide_BW)
 
-    @property
-    def deep_gradient(self) -> torch.Tensor:
-        assert self.deep_BS.grad is not None
-        return self.deep_BS.grad
+    def keep_gradients(self, pieces: Sequence["_MicroBatch"], layout: TableLayout) -> None:
+        """Adds those of one batch: to its own rows, and to the rows that carry its users' histories."""
+        for piece in pieces:
+            deep_mS, wide_mW = piece.deep_mS.grad, piece.wide_mW.grad
+            assert deep_mS is not None
+            assert wide_mW is not None
+            self.wide_gradient_CW[piece.rows] = wide_mW
+            plain = layout.plain_width
+            self.deep_gradient_CS[piece.rows, :plain] = deep_mS[:, :plain]
+            if self.batch.history_row_B is not None:
+                history_CS = self.deep_gradient_CS[:, plain:]
+                history_CS.index_add_(0, self.batch.history_row_B[piece.rows], deep_mS[:, plain:])
 
-    @property
-    def wide_gradient(self) -> torch.Tensor:
-        assert self.wide_BF.grad is not None
-        return self.wide_BF.grad
+
+class _MicroBatch:
+    """The looked-up embeddings of some rows, cut off from the tables, so that gradients end here."""
+
+    def __init__(self, chunk: Chunk, rows: slice, layout: TableLayout) -> None:
+        self.rows = rows
+        deep_CS, history_row_B = chunk.pooled.deep_BS.detach(), chunk.batch.history_row_B
+        deep_mS = deep_CS[rows]
+        if history_row_B is not None:
+            plain = layout.plain_width
+            deep_mS = torch.cat([deep_mS[:, :plain], deep_CS[history_row_B[rows], plain:]], dim=1)
+        self.deep_mS = deep_mS.detach().requires_grad_()
+        self.wide_mW = chunk.pooled.wide_BW.detach()[rows].requires_grad_()

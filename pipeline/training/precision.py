@@ -33,12 +33,12 @@ def choose_precision(
     if asked != "auto":
         return asked
     deep_BS = torch.zeros(rows, deep_width, device=device, requires_grad=True)
-    wide_BF = torch.zeros(rows, wide_width, device=device)
+    wide_BW = torch.zeros(rows, wide_width, device=device)
     dense_BN = torch.zeros(rows, num_dense, device=device)
 
     def one_pass(dtype: torch.dtype | None) -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits_B = net(deep_BS, wide_BF, dense_BN)
+            logits_B = net(deep_BS, wide_BW, dense_BN)
         logits_B.sum().backward()
         net.zero_grad()
         if device.type == "cuda":

@@ -7,23 +7,25 @@ import torch
 from sklearn.metrics import log_loss
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data_schemas.dataset import Categorical
+from data_schemas.minibatch import MiniBatch
 from models.ctr import Architecture, CtrModel, build_model
 from models.dcn import DcnHead
 from models.deepfm import DeepFmHead
 from models.layers import CommonLength
 from models.loss import weighted_log_loss_sum
+from models.tables import Table, TableLayout
 
 Kind = Literal["dlrm", "dcnv2", "deepfm"]
 KINDS: list[Kind] = ["dlrm", "dcnv2", "deepfm"]
-FEATURES = [Categorical(name=name, capacity=50, embedding_dim=dim) for name, dim in (("a", 8), ("b", 4), ("c", 8))]
+TABLES = tuple(Table(name=name, rows=50, dim=dim, lookups=(name,)) for name, dim in (("a", 8), ("b", 4), ("c", 8)))
+LAYOUT = TableLayout(deep=TABLES, wide=TABLES)
 
 
 def _model(kind: Kind, *, num_dense: int = 2, seed: int = 0) -> CtrModel:
     architecture = Architecture(kind=kind, hidden=(16, 8), common_dim=8, cross_layers=2, cross_rank=4)
     return build_model(
         architecture,
-        FEATURES,
+        LAYOUT,
         num_dense=num_dense,
         sparse_optimizer="adagrad",
         sparse_learning_rate=0.1,
@@ -33,60 +35,62 @@ def _model(kind: Kind, *, num_dense: int = 2, seed: int = 0) -> CtrModel:
     )
 
 
-def _inputs(rows: int, num_dense: int = 2) -> tuple[KeyedJaggedTensor, torch.Tensor]:
+def _batch(rows: int, num_dense: int = 2) -> MiniBatch:
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 50, (len(FEATURES) * rows,), generator=generator)
-    sparse = KeyedJaggedTensor(keys=["a", "b", "c"], values=ids, lengths=torch.ones(len(ids), dtype=torch.int32))
-    return sparse, torch.randn(rows, num_dense, generator=generator)
+    ids_FB = torch.randint(0, 50, (len(TABLES), rows), generator=generator)
+    return _of(ids_FB, torch.randn(rows, num_dense, generator=generator))
+
+
+def _of(ids_FB: torch.Tensor, dense_BN: torch.Tensor) -> MiniBatch:
+    rows = ids_FB.shape[1]
+    sparse = KeyedJaggedTensor(
+        keys=["a", "b", "c"],
+        values=ids_FB.reshape(-1),
+        weights=torch.ones(ids_FB.numel()),
+        lengths=torch.ones(ids_FB.numel(), dtype=torch.int32),
+    )
+    ones_B = torch.ones(rows)
+    return MiniBatch(
+        deep=sparse, wide=sparse, history_row_B=None, dense_BN=dense_BN, labels_B=torch.zeros(rows), weights_B=ones_B
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestEveryModel:
     def test_gives_one_finite_fp32_logit_a_row(self, kind: Kind) -> None:
-        model = _model(kind)
-        sparse, dense_BN = _inputs(6)
-        logits_B = model(model.tables(sparse), dense_BN)
+        logits_B = _model(kind)(_batch(6))
         assert logits_B.shape == (6,)
         assert logits_B.dtype == torch.float32
         assert logits_B.isfinite().all()
 
     def test_works_without_dense_columns(self, kind: Kind) -> None:
-        model = _model(kind, num_dense=0)
-        sparse, dense_BN = _inputs(4, num_dense=0)
-        assert model(model.tables(sparse), dense_BN).shape == (4,)
+        assert _model(kind, num_dense=0)(_batch(4, num_dense=0)).shape == (4,)
 
     def test_scores_a_row_alike_alone_and_in_a_batch(self, kind: Kind) -> None:
-        model = _model(kind)
-        sparse, dense_BN = _inputs(5)
-        together_B = model(model.tables(sparse), dense_BN)
-        ids_FB = sparse.values().view(3, 5)
+        model, batch = _model(kind), _batch(5)
+        together_B = model(batch)
+        ids_FB = batch.deep.values().view(3, 5)
         for row in range(5):
-            alone = KeyedJaggedTensor(
-                keys=sparse.keys(), values=ids_FB[:, row].contiguous(), lengths=torch.ones(3, dtype=torch.int32)
-            )
-            torch.testing.assert_close(model(model.tables(alone), dense_BN[row : row + 1])[0], together_B[row])
+            alone = _of(ids_FB[:, row : row + 1].contiguous(), batch.dense_BN[row : row + 1])
+            torch.testing.assert_close(model(alone)[0], together_B[row])
 
     def test_the_same_seed_gives_the_same_bits(self, kind: Kind) -> None:
-        sparse, dense_BN = _inputs(4)
-        first, second, other = (_model(kind, seed=seed) for seed in (5, 5, 6))
-        logits = [model(model.tables(sparse), dense_BN) for model in (first, second, other)]
+        logits = [_model(kind, seed=seed)(_batch(4)) for seed in (5, 5, 6)]
         assert torch.equal(logits[0], logits[1])
         assert not torch.equal(logits[0], logits[2])
 
     def test_the_wide_part_adds_to_the_logit(self, kind: Kind) -> None:
-        model = _model(kind)
-        sparse, dense_BN = _inputs(4)
-        pooled = model.tables(sparse)
-        before_B = model(pooled, dense_BN)
-        raised = type(pooled)(deep_BS=pooled.deep_BS, wide_BF=pooled.wide_BF + 0.5)
-        torch.testing.assert_close(model(raised, dense_BN), before_B + 0.5 * len(FEATURES))
+        model, batch = _model(kind), _batch(4)
+        pooled = model.tables(batch.deep, batch.wide)
+        before_B = model.net(pooled.deep_BS, pooled.wide_BW, batch.dense_BN)
+        raised_B = model.net(pooled.deep_BS, pooled.wide_BW + 0.5, batch.dense_BN)
+        torch.testing.assert_close(raised_B, before_B + 0.5 * len(TABLES))
 
     def test_every_dense_weight_and_every_embedding_gets_a_gradient(self, kind: Kind) -> None:
-        model = _model(kind)
-        sparse, dense_BN = _inputs(32)
-        pooled = model.tables(sparse)
+        model, batch = _model(kind), _batch(32)
+        pooled = model.tables(batch.deep, batch.wide)
         deep_BS = pooled.deep_BS.detach().requires_grad_()
-        model.net(deep_BS, pooled.wide_BF.detach(), dense_BN).square().sum().backward()
+        model.net(deep_BS, pooled.wide_BW.detach(), batch.dense_BN).square().sum().backward()
         assert deep_BS.grad is not None
         assert (deep_BS.grad.abs().sum(dim=0) > 0).all()
         for name, parameter in model.net.named_parameters():

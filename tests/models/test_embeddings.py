@@ -7,21 +7,23 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data_schemas.dataset import Categorical
 from data_schemas.errors import CorruptCheckpoint
 from models.embeddings import EmbeddingTables, SparseOptimizer, TableSlice
+from models.tables import Table, TableLayout
 
-FEATURES = [
-    Categorical(name="tags", many=True, capacity=7, embedding_dim=4),
-    Categorical(name="user", capacity=11, embedding_dim=4),
-    Categorical(name="item", capacity=5, embedding_dim=8),
-]
+TABLES = (
+    Table(name="user", rows=11, dim=4, lookups=("user",)),
+    Table(name="item", rows=5, dim=8, lookups=("item", "pool(item)")),
+    Table(name="tags", rows=7, dim=4, lookups=("tags",)),
+)
+WIDE = tuple(Table(name=table.name, rows=table.rows, dim=1, lookups=table.lookups[:1]) for table in TABLES)
+LAYOUT = TableLayout(deep=TABLES, wide=WIDE, pools=(("pool(item)", "item"),))
 
 
 def _tables(optimizer: SparseOptimizer = "adagrad", seed: int = 0) -> EmbeddingTables:
     torch.manual_seed(seed)
     return EmbeddingTables(
-        FEATURES, sparse_optimizer=optimizer, sparse_learning_rate=0.1, wide_learning_rate=0.2, device=torch.device("cpu")
+        LAYOUT, sparse_optimizer=optimizer, sparse_learning_rate=0.1, wide_learning_rate=0.2, device=torch.device("cpu")
     )
 
 
@@ -29,43 +31,55 @@ def _weights(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
     return {piece.name: piece.tensor.clone() for piece in tables.slices()}
 
 
-def _batch() -> KeyedJaggedTensor:
-    """Three rows: users 1, 1, 3; items 0, 4, 4; tags [2, 3], [], [2]."""
-    return KeyedJaggedTensor(
+def _batch() -> tuple[KeyedJaggedTensor, KeyedJaggedTensor]:
+    """Three rows: users 1, 1, 3; items 0, 4, 4; tags [2, 3], [], [2]; the first carries a history of items 4 and 2."""
+    deep = KeyedJaggedTensor(
+        keys=["user", "item", "pool(item)", "tags"],
+        values=torch.tensor([1, 1, 3, 0, 4, 4, 4, 2, 2, 3, 2]),
+        weights=torch.tensor([1, 1, 1, 1, 1, 1, 0.25, 0.75, 0.5, 0.5, 1]),
+        lengths=torch.tensor([1, 1, 1, 1, 1, 1, 2, 0, 0, 2, 0, 1], dtype=torch.int32),
+    )
+    wide = KeyedJaggedTensor(
         keys=["user", "item", "tags"],
         values=torch.tensor([1, 1, 3, 0, 4, 4, 2, 3, 2]),
+        weights=torch.tensor([1, 1, 1, 1, 1, 1, 0.5, 0.5, 1]),
         lengths=torch.tensor([1, 1, 1, 1, 1, 1, 2, 0, 1], dtype=torch.int32),
     )
+    return deep, wide
 
 
 def test_pooled_embeddings_equal_a_lookup_by_hand() -> None:
     tables = _tables()
     weights = _weights(tables)
-    pooled = tables(_batch())
-    assert tables.feature_names == ["user", "item", "tags"]
-    tags = weights["deep.tags.weight"]
+    pooled = tables(*_batch())
+    assert LAYOUT.deep_keys == ["user", "item", "tags", "pool(item)"]
+    item, tags = weights["deep.item.weight"], weights["deep.tags.weight"]
+    history = 0.25 * item[4] + 0.75 * item[2]
     expected = torch.cat(
         [
             weights["deep.user.weight"][[1, 1, 3]],
-            weights["deep.item.weight"][[0, 4, 4]],
+            item[[0, 4, 4]],
             torch.stack([tags[[2, 3]].mean(0), torch.zeros(4), tags[2]]),
+            torch.stack([history, torch.zeros(8), torch.zeros(8)]),
         ],
         dim=1,
     )
     torch.testing.assert_close(pooled.deep_BS, expected)
-    assert pooled.wide_BF.shape == (3, 3)
+    assert pooled.wide_BW.shape == (3, 3)
+    spread = LAYOUT.with_history(pooled.deep_BS, torch.tensor([0, 0, 2]))
+    torch.testing.assert_close(spread[:, -8:], torch.stack([history, history, torch.zeros(8)]))
 
 
 def test_a_step_equals_torch_adagrad_on_summed_gradients() -> None:
     tables = _tables()
     before = _weights(tables)
     generator = torch.Generator().manual_seed(1)
-    pooled = tables(_batch())
+    pooled = tables(*_batch())
     gradient_BS = torch.randn(pooled.deep_BS.shape, generator=generator)
-    gradient_BF = torch.randn(pooled.wide_BF.shape, generator=generator)
-    torch.autograd.backward([pooled.deep_BS, pooled.wide_BF], [gradient_BS, gradient_BF])
+    gradient_BW = torch.randn(pooled.wide_BW.shape, generator=generator)
+    torch.autograd.backward([pooled.deep_BS, pooled.wide_BW], [gradient_BS, gradient_BW])
 
-    for part, column, gradient, rate in (("deep", slice(0, 4), gradient_BS, 0.1), ("wide", slice(0, 1), gradient_BF, 0.2)):
+    for part, column, gradient, rate in (("deep", slice(0, 4), gradient_BS, 0.1), ("wide", slice(0, 1), gradient_BW, 0.2)):
         weight = torch.nn.Parameter(before[f"{part}.user.weight"].clone())
         optimizer = torch.optim.Adagrad([weight], lr=rate, eps=1e-8)
         weight.grad = torch.zeros_like(weight).index_add(0, torch.tensor([1, 1, 3]), gradient[:, column])
@@ -76,9 +90,9 @@ def test_a_step_equals_torch_adagrad_on_summed_gradients() -> None:
 def test_row_wise_adagrad_scales_a_row_by_its_mean_squared_gradient() -> None:
     tables = _tables("rowwise_adagrad")
     before = _weights(tables)["deep.user.weight"]
-    pooled = tables(_batch())
+    pooled = tables(*_batch())
     gradient = torch.randn(pooled.deep_BS.shape, generator=torch.Generator().manual_seed(2))
-    torch.autograd.backward([pooled.deep_BS, pooled.wide_BF], [gradient, torch.zeros_like(pooled.wide_BF)])
+    torch.autograd.backward([pooled.deep_BS, pooled.wide_BW], [gradient, torch.zeros_like(pooled.wide_BW)])
     summed = gradient[0, :4] + gradient[1, :4]
     expected = before[1] - 0.1 * summed / (summed.square().mean().sqrt() + 1e-8)
     torch.testing.assert_close(_weights(tables)["deep.user.weight"][1], expected)
@@ -89,9 +103,9 @@ def test_learning_rates_take_effect_with_the_next_step() -> None:
     tables = _tables()
     before = _weights(tables)
     tables.set_learning_rates(sparse=0.0, wide=0.0)
-    pooled = tables(_batch())
+    pooled = tables(*_batch())
     torch.autograd.backward(
-        [pooled.deep_BS, pooled.wide_BF], [torch.ones_like(pooled.deep_BS), torch.ones_like(pooled.wide_BF)]
+        [pooled.deep_BS, pooled.wide_BW], [torch.ones_like(pooled.deep_BS), torch.ones_like(pooled.wide_BW)]
     )
     torch.testing.assert_close(_weights(tables)["deep.user.weight"], before["deep.user.weight"])
 

@@ -13,14 +13,15 @@ from data_schemas.errors import LearningDiverged
 from data_schemas.examples import Examples
 from models.ctr import build_model
 from models.loss import weighted_log_loss_sum
+from models.tables import table_layout
 from pipeline.config import ModelConfig, TrainingConfig
-from pipeline.data.loader import EncodedWindow, encode, num_dense_columns
+from pipeline.data.encode import EncodedWindow, encode, num_dense_columns
 from pipeline.data.normalise import RunningMoments, transform
 from pipeline.model_state import architecture
 from pipeline.training.batch_size import FixedBatch, RecordedPlan
 from pipeline.training.budget import Deadline
 from pipeline.training.learn import Learned, learn
-from pipeline.training.learner import Arithmetic, Learner
+from pipeline.training.learner import Arithmetic, Learner, StepResult
 from sampling.minibatches import BatchCursor
 
 CPU = torch.device("cpu")
@@ -34,10 +35,10 @@ def _window(spec: DatasetSpec, examples: Examples) -> EncodedWindow:
 
 def _learner(spec: DatasetSpec, *, precision: Arithmetic = "fp32", kind: str = "dlrm", **training: Any) -> Learner:
     model_config = ModelConfig(kind=kind, hidden=(16, 8), interaction_dim=8)  # type: ignore[arg-type]
-    config = TrainingConfig(**training)
+    config = TrainingConfig(**{"sparse_step_rows": 0, **training})
     model = build_model(
         architecture(model_config),
-        spec.categorical,
+        table_layout(spec),
         num_dense=num_dense_columns(spec),
         sparse_optimizer=config.sparse_optimizer,
         sparse_learning_rate=config.sparse_learning_rate,
@@ -60,6 +61,16 @@ def _greatest_difference(first: Learner, second: Learner) -> float:
 
 def _pass(learner: Learner, window: EncodedWindow, batch_size: int = 64, **more: Any) -> Learned:
     return learn(learner, window, seed=[1], policy=FixedBatch(batch_size=batch_size, learning_rate=0.01), **more)
+
+
+def _step(
+    learner: Learner, window: EncodedWindow, rows: np.ndarray, *, divisor: float = 64, learning_rate: float = 0.01
+) -> StepResult:
+    """One batch that is a chunk of its own."""
+    chunk = learner.look_up(window.minibatch(rows))
+    result = learner.step(chunk, slice(0, len(rows)), divisor=divisor, learning_rate=learning_rate)
+    learner.finish(chunk)
+    return result
 
 
 @pytest.mark.parametrize("kind", ["dlrm", "dcnv2", "deepfm"])
@@ -88,7 +99,7 @@ def test_the_naive_loop_differs_where_ours_does_not(small_spec: DatasetSpec, sma
         naive.optimizer.zero_grad()
         for part in np.split(rows, 4):
             batch = window.minibatch(part)
-            logits_B = naive.model(naive.model.tables(batch.sparse), batch.dense_BN)
+            logits_B = naive.model(batch)
             (weighted_log_loss_sum(logits_B, batch.labels_B, batch.weights_B) / len(rows)).backward()
         naive._dense_step(0.01)
     assert _greatest_difference(whole, naive) > 0.05
@@ -98,8 +109,10 @@ def test_padding_changes_nothing(small_spec: DatasetSpec, small_examples: MakeEx
     window = _window(small_spec, small_examples(50))
     bare, padded = _learner(small_spec), _learner(small_spec)
     rows = np.arange(50)
-    bare.step(window.minibatch(rows), divisor=50, learning_rate=0.01)
-    padded.step(window.minibatch(rows, pad_to=64), divisor=50, learning_rate=0.01)
+    _step(bare, window, rows, divisor=50)
+    chunk = padded.look_up(window.minibatch(np.resize(rows, 64), filling_B=np.arange(64) >= 50))
+    padded.step(chunk, slice(0, 64), divisor=50, learning_rate=0.01)
+    padded.finish(chunk)
     assert _greatest_difference(bare, padded) < 1e-6
 
 
@@ -112,7 +125,7 @@ def test_a_weight_of_two_equals_the_row_twice(small_spec: DatasetSpec, small_exa
     for rows in (twice, examples.with_weights(weights)):
         window = encode(rows, small_spec, RunningMoments.nothing_seen(2))
         learners.append(_learner(small_spec, sparse_optimizer="adagrad"))
-        learners[-1].step(window.minibatch(np.arange(rows.num_rows)), divisor=50, learning_rate=0.01)
+        _step(learners[-1], window, np.arange(rows.num_rows), divisor=50)
     assert _greatest_difference(*learners) < 1e-6
 
 
@@ -137,7 +150,7 @@ def test_fp16_unscales_before_the_tables_step(small_spec: DatasetSpec, small_exa
     window = _window(small_spec, small_examples(64))
     exact, scaled = _learner(small_spec), _learner(small_spec, precision="fp16")
     for learner in (exact, scaled):
-        learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.001)
+        _step(learner, window, np.arange(64), learning_rate=0.001)
     gradients = [
         {piece.name: piece.tensor for piece in learner.model.tables.slices() if "accumulator" in piece.name}
         for learner in (exact, scaled)
@@ -150,17 +163,17 @@ def test_a_non_finite_loss_touches_nothing(small_spec: DatasetSpec, small_exampl
     window = _window(small_spec, small_examples(64))
     poisoned = replace(window, dense_RN=np.full_like(window.dense_RN, np.nan))
     learner, untouched = _learner(small_spec), _learner(small_spec)
-    result = learner.step(poisoned.minibatch(np.arange(64)), divisor=64, learning_rate=0.01)
+    result = _step(learner, poisoned, np.arange(64))
     assert not result.learned
     assert _greatest_difference(learner, untouched) == 0
-    assert learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.01).learned
+    assert _step(learner, window, np.arange(64)).learned
 
 
 def test_an_overflow_in_fp16_lowers_the_scale_and_goes_on(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
     window = _window(small_spec, small_examples(64))
     learner, untouched = _learner(small_spec, precision="fp16"), _learner(small_spec)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    result = learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.01)
+    result = _step(learner, window, np.arange(64))
     assert not result.learned
     assert learner.skipped_in_a_row == 0
     assert learner.scaler.get_scale() == 2.0**39
@@ -208,10 +221,10 @@ def test_gradient_smoothing_equals_the_formula(small_spec: DatasetSpec, small_ex
         plain.model.net.load_state_dict(smooth.model.net.state_dict())
         plain.model.tables.load_slices({p.name: [p] for p in smooth.model.tables.slices()})
         before = plain.parameters["bias"].item()
-        plain.step(window.minibatch(rows), divisor=64, learning_rate=1.0)
+        _step(plain, window, rows, learning_rate=1.0)
         seen.append(before - plain.parameters["bias"].item())
         start = smooth.parameters["bias"].item()
-        smooth.step(window.minibatch(rows), divisor=64, learning_rate=1.0)
+        _step(smooth, window, rows, learning_rate=1.0)
     average = (0.1 * 0.9 * seen[0] + 0.1 * seen[1]) / (1 - 0.9**2)
     assert start - smooth.parameters["bias"].item() == pytest.approx(average, rel=1e-4)
 
@@ -219,5 +232,5 @@ def test_gradient_smoothing_equals_the_formula(small_spec: DatasetSpec, small_ex
 def test_warm_up_raises_the_rate_of_a_new_model(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
     window = _window(small_spec, small_examples(64))
     learner = _learner(small_spec, warmup_steps=4)
-    rates = [learner.step(window.minibatch(np.arange(64)), divisor=64, learning_rate=0.04).learning_rate for _ in range(6)]
+    rates = [_step(learner, window, np.arange(64), learning_rate=0.04).learning_rate for _ in range(6)]
     assert rates == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.04, 0.04])

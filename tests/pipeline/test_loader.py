@@ -5,12 +5,12 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
-import pytest
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import Examples, IdLists, concatenate
 from data_schemas.hashing import MISSING, hash_ids, rows_of
-from pipeline.data.loader import encode, to_examples
+from pipeline.data.encode import encode
+from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
 
 
@@ -55,25 +55,21 @@ def test_a_log_of_clicks_only_has_labels_of_one(small_spec: DatasetSpec) -> None
     np.testing.assert_array_equal(to_examples(_table().drop(["label"]), clicks_only).labels_R, 1)
 
 
-@pytest.mark.parametrize("pad_to", [0, 5, 9])
-def test_a_minibatch_holds_the_rows_asked_for(
-    small_spec: DatasetSpec, small_examples: Callable[..., Examples], pad_to: int
-) -> None:
+def test_a_minibatch_holds_the_rows_asked_for(small_spec: DatasetSpec, small_examples: Callable[..., Examples]) -> None:
     examples = small_examples(30)
     window = encode(examples, small_spec, RunningMoments.nothing_seen(2))
     rows = np.array([3, 29, 3, 0, 11])
-    batch = window.minibatch(rows, pad_to=pad_to)
-    assert batch.num_rows == max(pad_to, 5)
+    batch = window.minibatch(rows, filling_B=np.arange(5) == 4)
     tags = examples.list_ids["tags"]
-    by_feature = batch.sparse.to_dict()
-    for position, row in enumerate(rows):
-        expected = rows_of(tags.values_V[tags.offsets[row] : tags.offsets[row + 1]], 32)
-        start, stop = by_feature["tags"].offsets()[position : position + 2]
-        np.testing.assert_array_equal(by_feature["tags"].values()[start:stop], expected)
-        assert by_feature["user"].values()[position] == rows_of(examples.single_ids["user"], 64)[row]
-    np.testing.assert_array_equal(batch.labels_B[:5], examples.labels_R[rows])
-    np.testing.assert_array_equal(batch.weights_B[5:], 0)
-    assert int(batch.sparse.lengths().view(4, -1)[:, 5:].sum()) == 0
+    for sparse in (batch.deep.to_dict(), batch.wide.to_dict()):
+        for position, row in enumerate(rows):
+            expected = rows_of(tags.values_V[tags.offsets[row] : tags.offsets[row + 1]], 32)
+            start, stop = sparse["tags"].offsets()[position : position + 2]
+            np.testing.assert_array_equal(sparse["tags"].values()[start:stop], expected)
+            np.testing.assert_allclose(sparse["tags"].weights()[start:stop], 1 / max(len(expected), 1))
+            assert sparse["user"].values()[position] == rows_of(examples.single_ids["user"], 64)[row]
+    np.testing.assert_array_equal(batch.labels_B, examples.labels_R[rows])
+    np.testing.assert_array_equal(batch.weights_B, [1, 1, 1, 1, 0])
 
 
 def test_taking_and_joining_lists_keeps_them_whole(small_examples: Callable[..., Examples]) -> None:

@@ -11,7 +11,8 @@ import torch
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.examples import Examples
 from pipeline.config import UpdateConfig, load_config
-from pipeline.data.loader import encode, to_examples
+from pipeline.data.encode import encode
+from pipeline.data.loader import to_examples
 from pipeline.data.synthetic import SyntheticConfig, SyntheticStream
 from pipeline.data.windows import Window
 from pipeline.model_state import restore_or_create, save

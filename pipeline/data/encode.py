@@ -1,0 +1,171 @@
+"""From examples to mini-batches: table rows of all ids, normalised numbers, and batches gathered by row index.
+
+Enters: `Examples`, running moments. Leaves: an `EncodedWindow`, which cuts `MiniBatch`es of any rows.
+
+Letters: R rows of the window, B rows of a batch, K keys with one id a row, N dense columns, U users, V ids of all bags.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from data_schemas.dataset import DatasetSpec
+from data_schemas.examples import F32, I64, U64, Examples, IdLists
+from data_schemas.minibatch import MiniBatch
+from models.ids import table_rows
+from models.tables import TableLayout, table_layout
+from pipeline.data.normalise import RunningMoments, normalise, transform
+
+THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bags:
+    """A weighted bag of table rows for each row, or each user: `rows_V[offsets[i]:offsets[i + 1]]`."""
+
+    rows_V: I64
+    weights_V: F32
+    offsets: I64
+
+    def take(self, chosen: I64) -> "Bags":
+        """The bags of `chosen`, in that order."""
+        lengths = np.diff(self.offsets)[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        positions = np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Bags(rows_V=self.rows_V[positions], weights_V=self.weights_V[positions], offsets=offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserBags:
+    """Histories: one bag a user and pool, whatever the number of the user's rows."""
+
+    user_R: I64
+    """`[R]` position of the row's user in the bags."""
+    pools: Mapping[str, Bags]
+    """By key: `[U]` bags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedWindow:
+    """Examples as table rows and normalised numbers, ready to be cut into batches by row index."""
+
+    layout: TableLayout
+    single_keys: tuple[str, ...]
+    single_KR: I64
+    """Table rows of the keys with one id a row."""
+    bags: Mapping[str, Bags]
+    """By key: `[R]` bags of the list features."""
+    histories: UserBags | None
+    dense_RN: F32
+    labels_R: F32
+    weights_R: F32
+    user_R: U64
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.labels_R)
+
+    def minibatch(self, rows_B: I64, *, filling_B: npt.NDArray[np.bool_] | None = None) -> MiniBatch:
+        """The batch of these rows; those in `filling_B` only fill its shape and have weight 0."""
+        segments = self._segments(rows_B)
+        carrier_B = None if self.histories is None else _add_histories(segments, self.histories, rows_B)
+        deep_keys = [key for table in self.layout.deep for key in table.lookups]
+        deep = _jagged(segments, deep_keys, len(rows_B))
+        same = deep_keys == self.layout.wide_keys
+        weights_B = self.weights_R[rows_B]
+        return MiniBatch(
+            deep=deep,
+            wide=deep if same else _jagged(segments, self.layout.wide_keys, len(rows_B)),
+            history_row_B=None if carrier_B is None else torch.from_numpy(carrier_B),
+            dense_BN=torch.from_numpy(self.dense_RN[rows_B]),
+            labels_B=torch.from_numpy(self.labels_R[rows_B]),
+            weights_B=torch.from_numpy(weights_B if filling_B is None else np.where(filling_B, np.float32(0), weights_B)),
+        )
+
+    def _segments(self, rows_B: I64) -> dict[str, "_Segment"]:
+        """By key: what the batch looks up for it."""
+        gathered_KB = self.single_KR[:, rows_B]
+        ones_B, length_B = np.ones(len(rows_B), np.float32), np.ones(len(rows_B), np.int32)
+        segments = {
+            key: _Segment(rows=gathered_KB[position], weights=ones_B, lengths=length_B)
+            for position, key in enumerate(self.single_keys)
+        }
+        for key, bags in self.bags.items():
+            taken = bags.take(rows_B)
+            lengths = np.diff(taken.offsets).astype(np.int32)
+            segments[key] = _Segment(rows=taken.rows_V, weights=taken.weights_V, lengths=lengths)
+        return segments
+
+
+def encode(examples: Examples, spec: DatasetSpec, moments: RunningMoments) -> EncodedWindow:
+    """Table rows of all ids, and numbers normalised by `moments`."""
+    single = [feature for feature in spec.categorical if not feature.many]
+    many = [feature for feature in spec.categorical if feature.many]
+    with ThreadPoolExecutor(THREADS) as pool:
+        rows = list(pool.map(lambda f: table_rows(f, examples.single_ids[f.name]), single))
+    return EncodedWindow(
+        layout=table_layout(spec),
+        single_keys=tuple(feature.name for feature in single),
+        single_KR=np.stack(rows) if rows else np.empty((0, examples.num_rows), np.int64),
+        bags={f.name: _mean_bags(table_rows(f, lists.values_V), lists) for f in many for lists in [examples.list_ids[f.name]]},
+        histories=None,
+        dense_RN=normalise(transform(spec.numeric, examples.numeric_NR), moments),
+        labels_R=examples.labels_R,
+        weights_R=examples.weights_R,
+        user_R=examples.user_R,
+    )
+
+
+def num_dense_columns(spec: DatasetSpec) -> int:
+    """Width of `dense_BN`: a value and a missing flag for each numeric feature."""
+    return 2 * len(spec.numeric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Segment:
+    """What a batch looks up for one key."""
+
+    rows: I64
+    weights: F32
+    lengths: npt.NDArray[np.int32]
+
+
+def _mean_bags(rows_V: I64, lists: IdLists) -> Bags:
+    """Bags whose weights sum to 1."""
+    lengths = np.diff(lists.offsets)
+    weights_V = np.repeat((1.0 / np.maximum(lengths, 1)).astype(np.float32), lengths)
+    return Bags(rows_V=rows_V, weights_V=weights_V, offsets=lists.offsets)
+
+
+def _add_histories(segments: dict[str, _Segment], histories: UserBags, rows_B: I64) -> I64:
+    """Gives the bags of each user to the first of the user's rows; `[B]` the row that carries each row's bags."""
+    users, first, inverse = np.unique(histories.user_R[rows_B], return_index=True, return_inverse=True)
+    in_row_order = np.argsort(first)
+    for key, bags in histories.pools.items():
+        taken = bags.take(users[in_row_order])
+        lengths = np.zeros(len(rows_B), np.int32)
+        lengths[first[in_row_order]] = np.diff(taken.offsets)
+        segments[key] = _Segment(rows=taken.rows_V, weights=taken.weights_V, lengths=lengths)
+    carrier_B: I64 = first[inverse]
+    return carrier_B
+
+
+def _jagged(segments: Mapping[str, _Segment], keys: Sequence[str], size: int) -> KeyedJaggedTensor:
+    chosen = [segments[key] for key in keys]
+    lengths = np.concatenate([segment.lengths for segment in chosen])
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return KeyedJaggedTensor(
+        keys=list(keys),
+        values=torch.from_numpy(np.concatenate([segment.rows for segment in chosen])),
+        weights=torch.from_numpy(np.concatenate([segment.weights for segment in chosen])),
+        lengths=torch.from_numpy(lengths),
+        offsets=torch.from_numpy(offsets),
+        stride=size,
+    )
