@@ -1,0 +1,138 @@
+"""From a landing folder to a fresh model: ingest what is new, then learn every closed window that waits.
+
+Enters: an `UpdateConfig`. Leaves: the report of every update, each as a Prefect artifact too.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Literal, TypeVar
+
+from data_schemas.dataset import load_spec
+from flows.artifacts import publish_report
+from flows.history import reports_of
+from flows.stages import run_as_task
+from flows.terminal import Advance, progress, tell
+from pipeline.config import UpdateConfig, load_config
+from pipeline.data.ingest import ingest_landing
+from pipeline.data.lake import ClickLog, Quarantine
+from pipeline.data.windows import as_time
+from pipeline.outcome import UpdateReport
+from pipeline.publishing.report import verdict
+from pipeline.update import run_update
+
+T = TypeVar("T")
+
+Register = Literal["each", "last", "never"]
+"""Which updates put their model into the registry."""
+Tell = Callable[[str], None]
+
+
+def settings_for(
+    config: str | None,
+    overrides: Sequence[str] | None,
+    *,
+    defaults: Sequence[str] = (),
+    **given: str | float | None,
+) -> UpdateConfig:
+    """From the file, the environment, the flow's own `defaults`, what was `given`, and `overrides`; the later wins.
+
+    >>> settings_for(None, ["budget.seconds=30"], budget__seconds=60, dataset="brunch").budget.seconds
+    30.0
+    """
+    named = {name.replace("__", "."): value for name, value in given.items() if value is not None}
+    written = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in named.items()]
+    return load_config(config, [*defaults, *written, *(overrides or ())])
+
+
+def catch_up(
+    config: UpdateConfig, *, until: datetime | None = None, register: Register = "each", tell: Tell = tell
+) -> list[UpdateReport]:
+    """Ingest what is new, then update until no closed window waits, each update within a budget of its own.
+
+    Args:
+        config: settings of each update.
+        until: taken for now, so that no window that ends later is closed; None: the wall clock.
+        register: which updates put their model into the registry.
+        tell: takes one line for each thing done.
+
+    Raises:
+        TidemarkError: what went wrong and the way out; every update before it stays published.
+    """
+    ingest_new(config, tell=tell)
+    return learn_waiting(config, until=until, register=register, tell=tell)
+
+
+def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
+    """Take what is new in the landing folder into the click log, and tell the count of every outcome."""
+    spec = load_spec(config.dataset)
+    log = ClickLog.open_or_create(config.log_path, spec)
+    quarantine = Quarantine.open_or_create(config.quarantine_path)
+    with progress("ingesting files", total=None) as advance:
+        report = run_as_task(
+            "ingest",
+            lambda: ingest_landing(
+                config.landing,
+                log,
+                quarantine,
+                spec,
+                now=datetime.now(UTC),
+                progress=lambda done, files: advance("", done, files),
+            ),
+        )
+    for line in report.lines():
+        tell(line)
+
+
+def learn_waiting(
+    config: UpdateConfig, *, until: datetime | None = None, register: Register = "each", tell: Tell = tell
+) -> list[UpdateReport]:
+    """Learn every closed window that waits, in order, and tell a sentence about each."""
+    reports: list[UpdateReport] = []
+    with progress(f"learning {config.model_name}", total=None) as advance:
+        while True:
+            now = until or datetime.now(UTC)
+            waiting = len(waiting_windows(config, now))
+            advance("", len(reports), len(reports) + waiting)
+            report = _update(config, now, advance, registers=register == "each" or (register == "last" and waiting <= 1))
+            if report is None:
+                break
+            reports.append(report)
+            run_as_task("report", lambda report=report: publish_report(report, config))  # type: ignore[misc]
+            for line in (verdict(report), *(f"  {note}" for note in report.notes)):
+                tell(line)
+    tell(_summary(config, reports))
+    return reports
+
+
+def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
+    """Starts of the closed windows that the model has not learned, oldest first; those without rows are left out."""
+    log = ClickLog.open_or_create(config.log_path, load_spec(config.dataset))
+    window, learned = config.window, reports_of(config.model_dir)
+    since = max((report.window_end for report in learned), default=None)
+    hours = {file.hour for file in log.files() if since is None or as_time(file.hour) >= since}
+    starts = {as_time(hour - (hour - window.align_hour) % window.hours) for hour in hours}
+    length = timedelta(hours=window.hours, minutes=window.label_delay_minutes)
+    return sorted(start for start in starts if start + length <= now)
+
+
+def _update(config: UpdateConfig, now: datetime, advance: Advance, *, registers: bool) -> UpdateReport | None:
+    def stage(name: str, work: Callable[[], T]) -> T:
+        advance(name)
+        return run_as_task(name, work)
+
+    if not registers:
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"register_model": False})})
+    return run_update(config, stage=stage, now=now, progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"))
+
+
+def _summary(config: UpdateConfig, reports: Sequence[UpdateReport]) -> str:
+    if not reports:
+        return f"nothing to do: no closed window waits for the model {config.model_name!r}"
+    rows, seconds = sum(report.rows_learned for report in reports), sum(report.total_seconds for report in reports)
+    windows = "1 window" if len(reports) == 1 else f"{len(reports)} windows"
+    pending = f", {reports[-1].rows_pending:,} rows wait for later windows" if reports[-1].rows_pending else ""
+    return (
+        f"learned {windows}, {rows:,} rows in {seconds:.1f} s{pending}; "
+        f"version {reports[-1].version} of {config.model_name!r} serves"
+    )

@@ -1,0 +1,58 @@
+"""The nightly job: a model of its own, trained on 24 hours at a time, from 02:00 to 02:00 UTC.
+
+It has its own name, state folder and cursor, and reads the same click log as the hourly job.
+
+    prefect run flows/nightly_update.py dataset=brunch landing=../clicks
+    python flows/nightly_update.py --help
+"""
+
+import flows.environment  # noqa: F401 - before prefect
+
+# isort: split
+import sys
+
+from prefect import flow
+
+from flows.catching_up import catch_up, settings_for
+from flows.terminal import run_flow, tell
+
+NIGHTLY = ("model_name=nightly", "window.hours=24", "window.align_hour=2")
+"""What makes it nightly; only `overrides` change it, so that both jobs can share one settings file."""
+
+
+@flow(name="nightly-update", persist_result=False)
+def nightly_update(
+    *,
+    config: str | None = None,
+    dataset: str | None = None,
+    landing: str | None = None,
+    state_dir: str | None = None,
+    budget_seconds: float | None = None,
+    overrides: list[str] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Ingest what is new in the landing folder, then learn every closed day (02:00 to 02:00 UTC) that waits.
+
+    Args:
+        config: Settings file (TOML). Without it, and for what it leaves out, the defaults hold.
+        dataset: Name of a shipped data set, or the path of a TOML file that declares one.
+        landing: Folder or fsspec address in which click logs arrive.
+        state_dir: Folder of everything that is kept: click log, quarantine, checkpoints, MLflow database.
+        budget_seconds: Time for one update, from start to published model.
+        overrides: Any other setting, such as training.batch_size=1024; may be given several times.
+        quiet: Print nothing but errors.
+    """
+    settings = settings_for(
+        config,
+        overrides,
+        defaults=NIGHTLY,
+        dataset=dataset,
+        landing=landing,
+        state_dir=state_dir,
+        budget__seconds=budget_seconds,
+    )
+    catch_up(settings, tell=(lambda line: None) if quiet else tell)
+
+
+if __name__ == "__main__":
+    sys.exit(run_flow(nightly_update))

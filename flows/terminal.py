@@ -1,0 +1,97 @@
+"""What a person sees of a flow: its parameters on the command line, plain lines, one line for an error, an exit code.
+
+Enters: a flow and the words of the command line. Leaves: 0, or 1 after one line that says what was wrong.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import cyclopts
+from prefect import Flow
+from prefect.logging import get_logger, get_run_logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from data_schemas.errors import TidemarkError
+
+
+def run_flow(flow: Flow[..., Any], words: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
+
+    Returns:
+        The exit code: 0, or 1 for an error that a user can act on. Any other exception passes through.
+    """
+    app = cyclopts.App(
+        name=program or flow.name,
+        default_command=flow.fn,
+        default_parameter=cyclopts.Parameter(negative=()),
+        version_flags=[],
+    )
+    arguments = list(sys.argv[1:] if words is None else words)
+    if {"--help", "-h"} & set(arguments):
+        app.help_print([])
+        return 0
+    try:
+        _, bound, _ = app.parse_args(_named(arguments), exit_on_error=False, print_error=False)
+        flow(*bound.args, **bound.kwargs)
+    except (TidemarkError, cyclopts.CycloptsError) as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {_line(error, app)}", markup=False)
+        return 1
+    return 0
+
+
+def tell(line: str) -> None:
+    """Log `line` to Prefect where its log is shown, else print it."""
+    try:
+        logger: logging.Logger | logging.LoggerAdapter[logging.Logger] = get_run_logger()
+    except RuntimeError:
+        logger = get_logger("flow_runs")
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    else:
+        Console(soft_wrap=True, highlight=False).print(line, markup=False)
+
+
+class Advance(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, doing: str, done: int | None = None, total: int | None = None) -> None:
+        """Show what is `doing` now; `done` and `total` items, where they changed."""
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Advance]:
+    """A progress bar on a terminal; nothing elsewhere, where every finished item tells a line of its own."""
+    console = Console()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task(what, total=total)
+
+        def advance(doing: str, done: int | None = None, total: int | None = None) -> None:
+            bar.update(shown, completed=done, total=total, description=f"{what}: {doing}" if doing else what)
+
+        yield advance
+
+
+def _named(words: Sequence[str]) -> list[str]:
+    """`name=value` as `--name=value`, but for the value of an option, such as `--overrides budget.seconds=60`.
+
+    >>> _named(["dataset=brunch", "--overrides", "model_name=x"])
+    ['--dataset=brunch', '--overrides', 'model_name=x']
+    """
+    named = []
+    for before, word in zip(["", *words], words, strict=False):
+        name, sign, value = word.partition("=")
+        is_value = before.startswith("--") and "=" not in before
+        named.append(f"--{name.replace('_', '-')}={value}" if sign and name.isidentifier() and not is_value else word)
+    return named
+
+
+def _line(error: Exception, app: cyclopts.App) -> str:
+    if isinstance(error, TidemarkError):
+        return str(error)
+    known = ", ".join(argument.name for argument in app.assemble_argument_collection())
+    return f"{' '.join(str(error).split())} Parameters of {app.name[0]}: {known}"
