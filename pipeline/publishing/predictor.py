@@ -164,7 +164,8 @@ def _as_id(value: object, kind: str) -> object:
     if value is None or value == "":
         return None
     if kind == "integer":
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+        whole = (isinstance(value, float) and value.is_integer()) or (isinstance(value, str) and value.strip().lstrip("-").isdigit())
+        return int(value) if whole else value  # type: ignore[call-overload]
     return str(value)
 
 
