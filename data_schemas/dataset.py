@@ -7,7 +7,7 @@ Leaves: a frozen `DatasetSpec`; or a `SpecError` that names the field, its value
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
@@ -138,6 +138,56 @@ class Numeric(_Declared):
         return self
 
 
+class Counter(_Declared):
+    """Decayed clicks, impressions and click rate of an id, or of a pair of ids, as dense columns."""
+
+    over: Annotated[tuple[Name, ...], Field(min_length=1, max_length=2)]
+    """Logged single-id features: one, or two for the pair of their ids."""
+    of: Annotated[tuple[Literal["clicks", "impressions", "ctr"], ...], Field(min_length=1)] = ("clicks", "impressions", "ctr")
+    """Which statistics; a log of clicks only has nothing but `clicks`."""
+    half_lives_hours: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=16)] = (
+        1.0,
+        24.0,
+        168.0,
+    )
+    """After this long an event counts half; `inf` is a plain total."""
+    capacity: Annotated[int, Field(ge=2, le=2**30)] = 2**20
+    """Most keys that are counted at a time; the least recently seen gives way."""
+    prior_rows: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    """Impressions at the average click rate that every key is given in advance, so that few rows make no extreme `ctr`."""
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for field in ("over", "of", "half_lives_hours"):
+            _refuse_repeats(field, getattr(self, field))
+        return self
+
+
+class History(_Declared):
+    """The last clicked rows of each user, as lists of ids."""
+
+    of: Annotated[tuple[Name, ...], Field(min_length=1)]
+    """Logged single-id features whose ids are kept; not the user."""
+    length: Annotated[int, Field(ge=1, le=1000)] = 50
+    """Clicked rows that are kept of a user."""
+    capacity: Annotated[int, Field(ge=2, le=2**30)] = 2**18
+    """Most users that have a history at a time; the one whose last click is oldest gives way."""
+    max_events_per_window: Annotated[int, Field(ge=1)] = 1000
+    """Of a user who clicks more often in a window (a crawler), only the last this many are kept; the rest is counted."""
+    pool_half_lives_hours: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=4)] = (
+        float("inf"),
+        6.0,
+    )
+    """Embeddings of what was clicked are averaged with weights that halve in so many hours, once for each; `inf` is the
+    plain mean."""
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for field in ("of", "pool_half_lives_hours"):
+            _refuse_repeats(field, getattr(self, field))
+        return self
+
+
 class DatasetSpec(_Declared):
     """Everything tidemark knows about a click log before it reads the first row."""
 
@@ -160,11 +210,26 @@ class DatasetSpec(_Declared):
     file: FileDialect = FileDialect()
     categorical: Annotated[tuple[Categorical, ...], Field(min_length=1)]
     numeric: tuple[Numeric, ...] = ()
+    crosses: tuple[Annotated[tuple[Name, ...], Field(min_length=2, max_length=3)], ...] = ()
+    """Pairs or triples of logged single-id features; each combination of ids has a weight of its own."""
+    cross_capacity: Annotated[int, Field(ge=2, le=2**40)] = 2**20
+    """Weights of each cross. Combinations are hashed into them."""
+    counters: tuple[Counter, ...] = ()
+    """Statistics of ids up to the window's start."""
+    ages: tuple[Name, ...] = ()
+    """Logged single-id features whose ids carry the hours since they were first seen."""
+    age_capacity: Annotated[int, Field(ge=2, le=2**30)] = 2**20
+    """Most ids of each of `ages` whose first hour is known at a time; the least recently seen gives way."""
+    history: History | None = None
+    """What each user clicked last, up to the window's start."""
+    settings: dict[str, Any] = {}
+    """Settings of an update that suit this data set, such as `[settings.training] batch_size = 1024`; a settings file, the
+    environment and the command line go before them."""
 
-    @field_validator("event_key", "categorical", "numeric", mode="before")
+    @field_validator("event_key", "categorical", "numeric", "crosses", "counters", "ages", "history", mode="before")
     @classmethod
     def _lists_are_tuples(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        return _as_tuples(value)
 
     @model_validator(mode="after")
     def _names_fit_together(self) -> Self:
@@ -182,6 +247,39 @@ class DatasetSpec(_Declared):
         if "*" in self.event_key and self.event_key != ("*",):
             raise ValueError("event_key '*' (the whole row) stands alone; leave out the other columns")
         return self
+
+    @model_validator(mode="after")
+    def _memory_fits_the_features(self) -> Self:
+        known = [feature.name for feature in self.logged_categorical() if not feature.many]
+        for field, names in self._names_by_field():
+            for name in names:
+                if name not in known:
+                    raise ValueError(
+                        f"'{field}' names {name!r}, which is no single-id categorical feature of the log; choose from {known}"
+                    )
+            _refuse_repeats(field, names)
+        _refuse_repeats("crosses", [tuple(sorted(cross)) for cross in self.crosses])
+        _refuse_repeats("counters", [tuple(sorted(counter.over)) for counter in self.counters])
+        self._counts_what_is_logged()
+        return self
+
+    def _counts_what_is_logged(self) -> None:
+        for place, counter in enumerate(self.counters):
+            if not self.has_labels and counter.of != ("clicks",):
+                raise ValueError(
+                    f"'counters.{place}.of' is {list(counter.of)}, but a log without 'label' holds clicks only; "
+                    'set of = ["clicks"]'
+                )
+        if self.history and not self.user:
+            raise ValueError("'history' is kept by user; set 'user' to the feature that identifies the user")
+        if self.history and self.user in self.history.of:
+            raise ValueError(f"'history.of' names {self.user!r}, the user whose history it is; leave it out")
+
+    def _names_by_field(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        yield from ((f"crosses.{place}", cross) for place, cross in enumerate(self.crosses))
+        yield from ((f"counters.{place}.over", counter.over) for place, counter in enumerate(self.counters))
+        yield "ages", self.ages
+        yield "history.of", self.history.of if self.history else ()
 
     @property
     def has_labels(self) -> bool:
@@ -203,7 +301,8 @@ class DatasetSpec(_Declared):
     def fingerprint(self) -> str:
         """16 hex digits that change when the features change, and not with names, descriptions or file dialects."""
         features = [f.model_dump() for f in (*self.categorical, *self.numeric)]
-        text = json.dumps([features, self.user, self.item, self.has_labels], sort_keys=True, default=str)
+        memory = self.model_dump(include={"crosses", "cross_capacity", "counters", "ages", "age_capacity", "history"})
+        text = json.dumps([features, self.user, self.item, self.has_labels, memory], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -242,6 +341,12 @@ def _find(name_or_path: str | Path) -> Path:
     if str(name_or_path) not in known_datasets():
         raise SpecError(f"unknown data set {str(name_or_path)!r}; use one of {known_datasets()} or a path that ends in .toml")
     return shipped
+
+
+def _refuse_repeats(field: str, values: Sequence[object]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"'{field}' has {value!r} {values.count(value)} times; name each once")
 
 
 def _as_tuples(value: Any) -> Any:

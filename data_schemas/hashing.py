@@ -4,6 +4,8 @@ Enters: Arrow columns of strings or integers. Leaves: numpy `uint64`, the same o
 Strings are hashed once per distinct value. A missing id is an id of its own, `MISSING`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -13,6 +15,9 @@ U64 = npt.NDArray[np.uint64]
 
 MISSING = np.uint64(0)
 """The hash of an id that is not there."""
+
+BLOCK_ROWS = 16_384
+"""Values that are mixed at a time, so that intermediate results stay in the processor's cache."""
 
 
 def hash_ids(column: pa.Array | pa.ChunkedArray) -> U64:
@@ -27,14 +32,13 @@ def hash_ids(column: pa.Array | pa.ChunkedArray) -> U64:
     Returns:
         `[R] uint64`. Integers are mixed by splitmix64 (Steele et al. 2014), strings by SipHash with pandas' fixed key.
     """
-    if isinstance(column, pa.ChunkedArray):
-        return np.concatenate([hash_ids(chunk) for chunk in column.chunks]) if column.num_chunks else np.empty(0, np.uint64)
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    hashes = np.empty(len(column), np.uint64)
     if pa.types.is_integer(column.type):
-        return _hash_integers(column)
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    distinct = np.append(_hash_strings(encoded.dictionary), MISSING)
-    indices = encoded.indices.fill_null(len(distinct) - 1) if encoded.null_count else encoded.indices
-    hashes: U64 = distinct[indices.to_numpy(zero_copy_only=False)]
+        _hash_integers(chunks, hashes)
+    else:
+        encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        _hash_dictionaries(encoded, hashes)
     return hashes
 
 
@@ -53,18 +57,35 @@ def combine_hashes(first: U64, second: U64) -> U64:
 
 def rows_of(hashes: U64, capacity: int) -> npt.NDArray[np.int64]:
     """Table rows in `[0, capacity)`, spread evenly, by multiply and shift (Lemire 2019) instead of a division."""
-    high = (hashes >> np.uint64(32)) if capacity <= 2**32 else hashes
-    if capacity <= 2**32:
-        return ((high * np.uint64(capacity)) >> np.uint64(32)).astype(np.int64)
-    return (high % np.uint64(capacity)).astype(np.int64)
+    if capacity > 2**32:
+        return (hashes % np.uint64(capacity)).view(np.int64)
+    rows = hashes >> np.uint64(32)
+    rows *= np.uint64(capacity)
+    rows >>= np.uint64(32)
+    return rows.view(np.int64)
 
 
-def _hash_integers(column: pa.Array) -> U64:
-    values = column.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False).view(np.uint64)
-    hashes = mix64(values)
-    if column.null_count:
-        hashes[column.is_null().to_numpy(zero_copy_only=False)] = MISSING
-    return hashes
+def _hash_integers(chunks: Sequence[pa.Array], hashes: U64) -> None:
+    start = 0
+    for chunk in chunks:
+        values = chunk.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64, copy=False).view(np.uint64)
+        for block in range(0, len(values), BLOCK_ROWS):
+            part = values[block : block + BLOCK_ROWS]
+            hashes[start + block : start + block + len(part)] = mix64(part)
+        if chunk.null_count:
+            hashes[start : start + len(chunk)][chunk.is_null().to_numpy(zero_copy_only=False)] = MISSING
+        start += len(chunk)
+
+
+def _hash_dictionaries(column: pa.Array | pa.ChunkedArray, hashes: U64) -> None:
+    """Each distinct string once, though it be in the dictionaries of many chunks."""
+    chunks = column.unify_dictionaries().chunks if isinstance(column, pa.ChunkedArray) else [column]
+    distinct = np.append(_hash_strings(chunks[0].dictionary), MISSING) if chunks else np.empty(0, np.uint64)
+    start = 0
+    for chunk in chunks:
+        indices = chunk.indices.fill_null(len(distinct) - 1) if chunk.null_count else chunk.indices
+        hashes[start : start + len(chunk)] = distinct.take(indices.to_numpy(zero_copy_only=False))
+        start += len(chunk)
 
 
 def _hash_strings(distinct: pa.Array) -> U64:

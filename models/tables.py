@@ -65,10 +65,44 @@ class TableLayout:
 
 
 def table_layout(spec: DatasetSpec) -> TableLayout:
-    """A deep and a wide table for each categorical feature."""
-    deep = [Table(name=f.name, rows=f.capacity, dim=f.embedding_dim, lookups=(f.name,)) for f in spec.categorical]
-    return TableLayout(deep=tuple(deep), wide=tuple(_wide(table) for table in deep))
+    """A deep and a wide table for each categorical feature, a wide one for each cross.
+
+    A user's history of a feature is pooled in the feature's own table: what the user clicked and what the user is shown are
+    the same items.
+    """
+    pools = tuple((pool_key(of, life), of) for of, life in history_pools(spec))
+    deep = tuple(
+        Table(
+            name=feature.name,
+            rows=feature.capacity,
+            dim=feature.embedding_dim,
+            lookups=(feature.name, *(pool for pool, of in pools if of == feature.name)),
+        )
+        for feature in spec.categorical
+    )
+    wide = [Table(name=feature.name, rows=feature.capacity, dim=1, lookups=(feature.name,)) for feature in spec.categorical]
+    crosses = [
+        Table(name=name, rows=spec.cross_capacity, dim=1, lookups=(name,)) for name in (cross_key(c) for c in spec.crosses)
+    ]
+    return TableLayout(deep=deep, wide=(*wide, *crosses), pools=pools)
 
 
-def _wide(table: Table) -> Table:
-    return Table(name=table.name, rows=table.rows, dim=1, lookups=(table.name,))
+def history_pools(spec: DatasetSpec) -> list[tuple[str, float]]:
+    """Feature and half-life of every pool of a user's history."""
+    if spec.history is None:
+        return []
+    return [(of, life) for life in spec.history.pool_half_lives_hours for of in spec.history.of]
+
+
+def pool_key(feature: str, half_life_hours: float) -> str:
+    """The key of a batch that holds a pool.
+
+    >>> pool_key("item_id", 6.0)
+    'item_id clicked, half-life 6 h'
+    """
+    return f"{feature} clicked, half-life {half_life_hours:g} h"
+
+
+def cross_key(cross: tuple[str, ...]) -> str:
+    """The key of a batch that holds a cross."""
+    return " x ".join(cross)

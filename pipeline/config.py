@@ -1,6 +1,7 @@
 """Every setting of an update, in small frozen parts.
 
-Enters: a TOML file, `TIDEMARK_*` environment variables, and command-line overrides; the later wins.
+Enters: the data set's own settings, a TOML file, `TIDEMARK_*` environment variables, and command-line overrides; the later
+wins.
 Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
 """
 
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -38,7 +40,7 @@ class WindowConfig(_Part):
 class ModelConfig(_Part):
     """The network over the embeddings."""
 
-    kind: ModelKind = "dlrm"
+    kind: ModelKind = "deepfm"
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (128, 64)
     """Sizes of the hidden layers of the top network."""
     interaction_dim: Annotated[int, Field(ge=4)] = 16
@@ -52,25 +54,25 @@ class ModelConfig(_Part):
 class TrainingConfig(_Part):
     """The step."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 256
     """Rows of a step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 512
     """Rows that go through the dense network at once, in each process; bounds memory, keeps shapes static."""
-    sparse_step_rows: Annotated[int, Field(ge=0)] = 0
+    sparse_step_rows: Annotated[int, Field(ge=0)] = 2048
     """Embeddings step once in at least this many rows, with the gradients of all batches in them; 0 for once a batch."""
     precision: Precision = "auto"
     """Arithmetic of the dense network; `auto` measures what this machine is fastest at when the model is first made."""
     dense_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    dense_learning_rate: Annotated[float, Field(gt=0)] = 0.002
+    dense_learning_rate: Annotated[float, Field(gt=0)] = 0.001
     sparse_optimizer: Literal["adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
     """Of the embeddings; the wide part always has per-coordinate Adagrad."""
-    sparse_learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    wide_learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    sparse_learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    wide_learning_rate: Annotated[float, Field(gt=0)] = 0.05
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of a new model over which the dense rate rises to its value."""
     gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of dense gradients; 0 for none. Needs an optimizer without momentum of its own."""
-    weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of dense weights that is evaluated and published; 0 for none."""
     seed: Annotated[int, Field(ge=0)] = 0
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
@@ -168,23 +170,26 @@ class UpdateConfig(BaseSettings):
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> UpdateConfig:
-    """The settings from `path`, then the environment, then `overrides` such as `training.batch_size=1024`.
+    """The settings of the data set, then `path`, then the environment, then `overrides` such as `training.batch_size=1024`.
 
     >>> load_config(overrides=["budget.seconds=60"]).budget.seconds
     60.0
 
     Raises:
         ConfigError: no such file, not TOML, an unknown setting, or a value out of range.
+        SpecError: the data set is unknown, or its declaration is wrong.
     """
     values = _read_toml(Path(path)) if path else {}
+    given = _nest(overrides)
     try:
-        return _settings_over(values)(**_nest(overrides))
+        dataset = _settings_over(values, {})(**given).dataset
+        return _settings_over(values, load_spec(dataset).settings)(**given)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
 
 
-def _settings_over(values: dict[str, Any]) -> type[UpdateConfig]:
-    class FromFile(UpdateConfig):
+def _settings_over(from_file: dict[str, Any], of_dataset: dict[str, Any]) -> type[UpdateConfig]:
+    class Layered(UpdateConfig):
         @classmethod
         def settings_customise_sources(
             cls,
@@ -194,11 +199,10 @@ def _settings_over(values: dict[str, Any]) -> type[UpdateConfig]:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            from pydantic_settings import InitSettingsSource
+            file, dataset = (InitSettingsSource(settings_cls, values) for values in (from_file, of_dataset))
+            return init_settings, env_settings, file, dataset
 
-            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
-
-    return FromFile
+    return Layered
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-import numpy as np
 import torch
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint, SpecMismatch
 from models.ctr import Architecture, CtrModel, build_model
+from models.memory import Memory
 from models.tables import table_layout
 from pipeline.config import ModelConfig, UpdateConfig
 from pipeline.data.encode import num_dense_columns
@@ -28,6 +28,7 @@ from pipeline.publishing.checkpoint import (
     current_version,
     load_cursor,
     load_dense,
+    load_memory,
     load_tables,
     pack_pending,
     read_manifest,
@@ -48,7 +49,10 @@ class ModelState:
     """A model and what it has consumed."""
 
     learner: Learner
-    moments: RunningMoments
+    moments: RunningMoments | None
+    """Of the dense columns; None before the first window."""
+    memory: Memory
+    """Counters and histories of every row consumed."""
     cursor: Cursor
     version: int
     """Of the checkpoint that it was restored from; 0 for a new model."""
@@ -112,17 +116,14 @@ def save(
         permutation_position=window.num_rows - int(learned.unreached_R.sum()),
         plan=tuple(vars(record) for record in learned.plan),
         pending=pending,
-        moments=Moments(
-            count=tuple(state.moments.count_N),
-            mean=tuple(state.moments.mean_N),
-            deviations=tuple(state.moments.deviations_N),
-        ),
+        moments=Moments.of(state.moments),
     )
     save_checkpoint(
         config.model_dir,
         manifest,
         dense=_dense_tensors(learner),
         tables=learner.model.tables,
+        memory=state.memory.arrays(),
         pending=bitmaps,
         keep=config.keep_checkpoints,
         processes=learner.processes,
@@ -209,7 +210,7 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         device=device,
     )
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
-    return ModelState(learner=learner, moments=RunningMoments.nothing_seen(len(spec.numeric)), cursor=Cursor(), version=0)
+    return ModelState(learner=learner, moments=None, memory=Memory(spec), cursor=Cursor(), version=0)
 
 
 def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
@@ -220,13 +221,11 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
     load_tables(config.model_dir, manifest, model.tables)
     _load_dense_tensors(learner, manifest, load_dense(config.model_dir, manifest))
-    moments = RunningMoments(
-        count_N=np.array(manifest.moments.count),
-        mean_N=np.array(manifest.moments.mean),
-        deviations_N=np.array(manifest.moments.deviations),
-    )
+    moments = manifest.moments.running() if manifest.moments else None
     cursor = load_cursor(config.model_dir, manifest)
-    return ModelState(learner=learner, moments=moments, cursor=cursor, version=manifest.version)
+    memory = Memory(spec)
+    memory.load(load_memory(config.model_dir, manifest))
+    return ModelState(learner=learner, moments=moments, memory=memory, cursor=cursor, version=manifest.version)
 
 
 def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:

@@ -24,10 +24,10 @@ from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import UpdateInProgress
 from data_schemas.examples import F32, I64, Examples
 from pipeline.config import UpdateConfig
-from pipeline.data.encode import EncodedWindow, encode
+from pipeline.data.encode import EncodedWindow, encode, num_normalised
 from pipeline.data.lake import ClickLog
 from pipeline.data.loader import columns_to_read, to_examples
-from pipeline.data.normalise import transform
+from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Window, as_time, next_window, read_window
 from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
 from pipeline.evaluation.score import probabilities
@@ -83,7 +83,7 @@ def run_update(
         if window is None:
             return None
         deadline = _deadline(config, stages, history)
-        state, rows = stages.run("load", lambda: _load(click_log, window, state, spec))
+        rows = stages.run("load", lambda: _load(click_log, window, state, spec))
         before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, deadline))
         learned = stages.run("learn", lambda: _learn(state, rows, config, deadline, progress))
         after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
@@ -151,16 +151,18 @@ def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, obj
     return Deadline(started=stages.started, budget_seconds=budget.seconds, reserve_seconds=reserve, clock=stages.clock)
 
 
-def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec) -> tuple[ModelState, _Rows]:
+def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec) -> _Rows:
     """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
     table = read_window(click_log, window, columns_to_read(spec))
     examples = to_examples(table, spec)
-    if state.version == 0:
-        state = replace(state, moments=state.moments.after(transform(spec.numeric, examples.numeric_NR)))
     seed = (state.learner.config.seed, window.end)
     order = np.random.default_rng([*seed, 1]).permutation(examples.num_rows)
-    return state, _Rows(
-        examples=examples, encoded=encode(examples, spec, state.moments), evaluated=order, seed=seed, sample=_raw_sample(table)
+    return _Rows(
+        examples=examples,
+        encoded=encode(examples, spec, state.memory, state.moments, hour=window.start),
+        evaluated=order,
+        seed=seed,
+        sample=_raw_sample(table),
     )
 
 
@@ -217,10 +219,10 @@ def _checkpoint(
     state: ModelState, rows: _Rows, window: Window, learned: Learned, config: UpdateConfig, spec: DatasetSpec
 ) -> ModelState:
     """The state as saved; from now on it serves, and its rows are consumed."""
-    if state.version > 0:
-        reached = ~learned.unreached_R
-        seen = transform(spec.numeric, rows.examples.numeric_NR)[:, reached]
-        state = replace(state, moments=state.moments.after(seen))
+    reached = np.flatnonzero(~learned.unreached_R)
+    before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
+    state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
+    state.memory.add(rows.examples.take(reached), window.start)
     saved = save(state, window, learned, config, spec, seed=rows.seed)
     folder = _frozen_folder(config)
     frozen_after = config.evaluation.frozen_after_updates
@@ -247,7 +249,7 @@ def _publish(
         return ()
     learner = saved.learner
     shown = np.arange(len(rows.sample))
-    encoded = encode(rows.examples.take(shown), spec, saved.moments)
+    encoded = encode(rows.examples.take(shown), spec, saved.memory, saved.moments, hour=int(rows.examples.hour_R[shown].max()))
     weights = learner.dense_weights(averaged=True)
     return publish_update(
         config,

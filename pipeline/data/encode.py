@@ -14,14 +14,18 @@ import numpy.typing as npt
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from data_schemas.dataset import DatasetSpec
+from data_schemas.dataset import Categorical, DatasetSpec
 from data_schemas.examples import F32, I64, U64, Examples, IdLists
 from data_schemas.minibatch import MiniBatch
-from models.ids import table_rows
-from models.tables import TableLayout, table_layout
+from models.histories import Histories
+from models.ids import cross_rows, table_rows
+from models.memory import Memory, column_names
+from models.tables import TableLayout, cross_key, history_pools, pool_key, table_layout
 from pipeline.data.normalise import RunningMoments, normalise, transform
 
 THREADS = 2
+BLOCK_ROWS = 8_192
+"""Rows whose ids are looked up at a time, so that their part of the window stays in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +60,17 @@ class EncodedWindow:
 
     layout: TableLayout
     single_keys: tuple[str, ...]
-    single_KR: I64
-    """Table rows of the keys with one id a row."""
+    single_RK: npt.NDArray[np.int32 | np.int64]
+    """Table rows of the keys with one id a row; row by row, so that a batch is gathered in one access a row, and int32 where
+    every table has at most 2^31 rows."""
     bags: Mapping[str, Bags]
     """By key: `[R]` bags of the list features."""
     histories: UserBags | None
+    raw_dense_NR: F32
+    """Numbers and counters before they were normalised."""
     dense_RN: F32
+    moments: RunningMoments
+    """That `dense_RN` was normalised by."""
     labels_R: F32
     weights_R: F32
     user_R: U64
@@ -90,7 +99,7 @@ class EncodedWindow:
 
     def _segments(self, rows_B: I64) -> dict[str, "_Segment"]:
         """By key: what the batch looks up for it."""
-        gathered_KB = self.single_KR[:, rows_B]
+        gathered_KB = self.single_RK.take(rows_B, axis=0).T.astype(np.int64, order="C")
         ones_B, length_B = np.ones(len(rows_B), np.float32), np.ones(len(rows_B), np.int32)
         segments = {
             key: _Segment(rows=gathered_KB[position], weights=ones_B, lengths=length_B)
@@ -103,19 +112,30 @@ class EncodedWindow:
         return segments
 
 
-def encode(examples: Examples, spec: DatasetSpec, moments: RunningMoments) -> EncodedWindow:
-    """Table rows of all ids, and numbers normalised by `moments`."""
+def encode(
+    examples: Examples, spec: DatasetSpec, memory: Memory, moments: RunningMoments | None, *, hour: int
+) -> EncodedWindow:
+    """Table rows of all ids, what is remembered of them, and numbers normalised by `moments`.
+
+    Args:
+        memory: counters and histories of the rows before; these rows are not in it yet.
+        moments: of the dense columns before; None for a first window, which is normalised by itself.
+        hour: hours since the epoch at which the rows are predicted; what is remembered has decayed until then.
+    """
     single = [feature for feature in spec.categorical if not feature.many]
     many = [feature for feature in spec.categorical if feature.many]
-    with ThreadPoolExecutor(THREADS) as pool:
-        rows = list(pool.map(lambda f: table_rows(f, examples.single_ids[f.name]), single))
+    raw_dense_NR = np.concatenate([transform(spec.numeric, examples.numeric_NR), memory.columns(examples, hour)])
+    if moments is None:
+        moments = RunningMoments.nothing_seen(len(raw_dense_NR)).after(raw_dense_NR)
     return EncodedWindow(
         layout=table_layout(spec),
-        single_keys=tuple(feature.name for feature in single),
-        single_KR=np.stack(rows) if rows else np.empty((0, examples.num_rows), np.int64),
+        single_keys=(*(feature.name for feature in single), *(cross_key(cross) for cross in spec.crosses)),
+        single_RK=_single_rows(single, spec, examples),
         bags={f.name: _mean_bags(table_rows(f, lists.values_V), lists) for f in many for lists in [examples.list_ids[f.name]]},
-        histories=None,
-        dense_RN=normalise(transform(spec.numeric, examples.numeric_NR), moments),
+        histories=_user_bags(memory.histories(examples), spec, hour),
+        raw_dense_NR=raw_dense_NR,
+        dense_RN=normalise(raw_dense_NR, moments, num_flags=len(spec.numeric)),
+        moments=moments,
         labels_R=examples.labels_R,
         weights_R=examples.weights_R,
         user_R=examples.user_R,
@@ -123,8 +143,13 @@ def encode(examples: Examples, spec: DatasetSpec, moments: RunningMoments) -> En
 
 
 def num_dense_columns(spec: DatasetSpec) -> int:
-    """Width of `dense_BN`: a value and a missing flag for each numeric feature."""
-    return 2 * len(spec.numeric)
+    """Width of `dense_BN`: numbers, columns of counters, and a missing flag for each number."""
+    return 2 * len(spec.numeric) + len(column_names(spec))
+
+
+def num_normalised(spec: DatasetSpec) -> int:
+    """Dense columns that are normalised: all but the flags."""
+    return len(spec.numeric) + len(column_names(spec))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +161,55 @@ class _Segment:
     lengths: npt.NDArray[np.int32]
 
 
+def _single_rows(single: Sequence[Categorical], spec: DatasetSpec, examples: Examples) -> npt.NDArray[np.int32 | np.int64]:
+    """Table rows of features and crosses, `[R, K]`."""
+    capacities = [feature.capacity for feature in single] + [spec.cross_capacity for _ in spec.crosses]
+    rows_RK = np.empty((examples.num_rows, len(capacities)), np.int32 if max(capacities) <= 2**31 else np.int64)
+
+    def fill(start: int) -> None:
+        block = slice(start, start + BLOCK_ROWS)
+        ids = {name: column[block] for name, column in examples.single_ids.items()}
+        for position, feature in enumerate(single):
+            rows_RK[block, position] = table_rows(feature, ids[feature.name])
+        for position, cross in enumerate(spec.crosses, start=len(single)):
+            rows_RK[block, position] = cross_rows([ids[name] for name in cross], spec.cross_capacity)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(fill, range(0, examples.num_rows, BLOCK_ROWS)))
+    return rows_RK
+
+
 def _mean_bags(rows_V: I64, lists: IdLists) -> Bags:
     """Bags whose weights sum to 1."""
     lengths = np.diff(lists.offsets)
     weights_V = np.repeat((1.0 / np.maximum(lengths, 1)).astype(np.float32), lengths)
     return Bags(rows_V=rows_V, weights_V=weights_V, offsets=lists.offsets)
+
+
+def _user_bags(histories: Histories | None, spec: DatasetSpec, hour: int) -> UserBags | None:
+    """Weighted bags of what each user clicked, the weights of a bag summing to 1."""
+    if histories is None:
+        return None
+    by_name = {feature.name: feature for feature in spec.categorical}
+    pools = {}
+    for of, half_life in history_pools(spec):
+        lists = histories.lists[of]
+        weights_V = _decayed_weights(lists, hour - histories.hour_V, half_life)
+        rows_V = table_rows(by_name[of], lists.values_V)
+        pools[pool_key(of, half_life)] = Bags(rows_V=rows_V, weights_V=weights_V, offsets=lists.offsets)
+    return UserBags(user_R=histories.position_R, pools=pools)
+
+
+def _decayed_weights(lists: IdLists, age_hours_V: I64, half_life: float) -> F32:
+    """Weights that halve in `half_life` hours and sum to 1 in each list."""
+    lengths = np.diff(lists.offsets)
+    list_V = np.repeat(np.arange(len(lengths)), lengths)
+    youngest_L = np.full(len(lengths), np.inf)
+    np.minimum.at(youngest_L, list_V, age_hours_V)
+    decayed_V = np.exp2(-(age_hours_V - youngest_L[list_V]) / half_life)
+    totals_L = np.bincount(list_V, weights=decayed_V, minlength=len(lengths))
+    weights_V: F32 = (decayed_V / totals_L[list_V]).astype(np.float32)
+    return weights_V
 
 
 def _add_histories(segments: dict[str, _Segment], histories: UserBags, rows_B: I64) -> I64:

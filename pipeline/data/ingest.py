@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -348,7 +349,7 @@ def _commit_file(file: LandingFile, ingest: _Ingest) -> _Counts:
 @contextmanager
 def _writers(file: LandingFile, ingest: _Ingest) -> Iterator[tuple[HourFiles, RejectedRows]]:
     """Writers whose files are removed again, if the file does not make it into the log."""
-    accepted = ingest.log.write()
+    accepted = ingest.log.write(PurePosixPath(file.path).name)
     rejected = ingest.quarantine.write(file.path, ingest.now)
     try:
         yield accepted, rejected

@@ -11,6 +11,7 @@ Only local paths: data files are synchronised to disk before the commit that nam
 
 import json
 import os
+import re
 import time
 import uuid
 from collections import OrderedDict
@@ -234,9 +235,14 @@ class ClickLog(_DeltaLog):
         transactions = {app_id: 1, _ROWS_READ: self.rows_read + rows_read}
         return self._commit(actions, transactions, metadata or {})
 
-    def write(self) -> "HourFiles":
-        """A writer of files that `append` can commit."""
-        return HourFiles(self._root, self._schema)
+    def write(self, source: str = "") -> "HourFiles":
+        """A writer of files that `append` can commit.
+
+        Args:
+            source: name of the landing file; files of an hour are read in the order of their sources, so that the same
+                landing files give the same windows in the same order.
+        """
+        return HourFiles(self._root, self._schema, source)
 
     @property
     def newest_hour(self) -> int | None:
@@ -301,9 +307,10 @@ class ClickLog(_DeltaLog):
 class HourFiles:
     """Writes rows of many hours, in any order, in bounded memory; one file an hour, more where hours come and go."""
 
-    def __init__(self, root: Path, schema: pa.Schema) -> None:
+    def __init__(self, root: Path, schema: pa.Schema, source: str) -> None:
         self._root = root
         self._schema = schema
+        self._source = re.sub(r"[^A-Za-z0-9-]+", "-", source)[-80:]
         self._buffers: dict[int, list[pa.Table]] = {}
         self._rows: dict[int, int] = {}
         self._buffered_bytes = 0
@@ -352,7 +359,8 @@ class HourFiles:
             if len(self._open) >= MAX_OPEN_FILES:
                 self._finish(*self._open.popitem(last=False))
             moment = _moment_of(hour)
-            relative = f"event_date={moment:%Y-%m-%d}/event_hour={moment.hour}/part-{uuid.uuid4()}.parquet"
+            relative = f"event_date={moment:%Y-%m-%d}/event_hour={moment.hour}"
+            relative += f"/part-{self._source}-{len(self._paths):05d}-{uuid.uuid4()}.parquet"
             self._paths.append(self._root / relative)
             self._open[hour] = _OpenFile(self._root, relative, self._schema)
         self._open.move_to_end(hour)

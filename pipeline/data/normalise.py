@@ -1,6 +1,6 @@
 """Running normalisation of numeric features: mean and variance up to the window's start, and a missing flag.
 
-Enters: `[N, R]` raw numbers, NaN for missing. Leaves: `[R, 2N]` dense columns, values first, then flags.
+Enters: `[N, R]` raw numbers, NaN for missing. Leaves: dense columns by row, values first, then flags.
 """
 
 from collections.abc import Sequence
@@ -64,12 +64,16 @@ def transform(features: Sequence[Numeric], numeric_NR: F32) -> F32:
     return np.stack(rows) if rows else numeric_NR
 
 
-def normalise(transformed_NR: F32, moments: RunningMoments) -> F32:
-    """Dense columns `[R, 2N]`: normalised and clipped values with 0 for missing, then flags that are 1 for missing."""
+def normalise(transformed_NR: F32, moments: RunningMoments, *, num_flags: int) -> F32:
+    """Dense columns `[R, N + num_flags]`: normalised and clipped values with 0 for missing, then flags of 1 for missing.
+
+    Args:
+        num_flags: of the first so many columns it is flagged which values are missing; the others have none missing.
+    """
     missing_NR = np.isnan(transformed_NR)
     scaled_NR = (transformed_NR - moments.mean_N[:, None]) / moments.scale_N()[:, None]
     values_NR = np.where(missing_NR, 0.0, np.clip(scaled_NR, -CLIP, CLIP))
-    return np.ascontiguousarray(np.concatenate([values_NR, missing_NR]).T, dtype=np.float32)
+    return np.ascontiguousarray(np.concatenate([values_NR, missing_NR[:num_flags]]).T, dtype=np.float32)
 
 
 def _log1p(values: F32) -> F32:

@@ -3,6 +3,7 @@
     <model_dir>/checkpoints/v000007/manifest.json            what was consumed, how it was learned, the hash of every part
                                    /dense.safetensors        dense weights, optimizer, averages
                                    /tables-0-of-1.safetensors    this process's rectangles of tables and accumulators
+                                   /memory.safetensors       counters and histories
                                    /pending.safetensors      bitmaps of rows still to be learned
     <model_dir>/CURRENT                                      the name of the version that serves
 
@@ -18,13 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from data_schemas.errors import CorruptCheckpoint
 from models.embeddings import EmbeddingTables, TableSlice
 from pipeline.data.lake import LogFile
+from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Piece
 from pipeline.outcome import PlanRecord
 from pipeline.training.processes import Processes
@@ -32,6 +37,7 @@ from pipeline.training.processes import Processes
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
 FORMAT = 1
+Content = Literal["dense", "tables", "memory", "pending"]
 
 
 class _Saved(BaseModel):
@@ -43,7 +49,7 @@ class Part(_Saved):
 
     kind: Literal["base", "delta"]
     """A delta holds only the rows touched since the base before it."""
-    content: Literal["dense", "tables", "pending"]
+    content: Content
     file: str
     bytes: int
     sha256: str
@@ -60,11 +66,23 @@ class PendingRows(_Saved):
 
 
 class Moments(_Saved):
-    """Running normalisation of the numeric features."""
+    """Running normalisation of the dense columns."""
 
-    count: tuple[float, ...] = ()
-    mean: tuple[float, ...] = ()
-    deviations: tuple[float, ...] = ()
+    count: tuple[float, ...]
+    mean: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+    @classmethod
+    def of(cls, moments: RunningMoments | None) -> "Moments | None":
+        """As they are written down."""
+        if moments is None:
+            return None
+        return cls(count=tuple(moments.count_N), mean=tuple(moments.mean_N), deviations=tuple(moments.deviations_N))
+
+    def running(self) -> RunningMoments:
+        """As they go on."""
+        columns = (np.array(column, np.float64) for column in (self.count, self.mean, self.deviations))
+        return RunningMoments(**dict(zip(("count_N", "mean_N", "deviations_N"), columns, strict=True)))
 
 
 class Manifest(_Saved):
@@ -93,7 +111,7 @@ class Manifest(_Saved):
     plan: tuple[dict[str, Any], ...]
     """`PlanRecord`s."""
     pending: tuple[PendingRows, ...]
-    moments: Moments
+    moments: Moments | None
     parts: tuple[Part, ...] = ()
 
     def plan_records(self) -> tuple[PlanRecord, ...]:
@@ -107,6 +125,7 @@ def save_checkpoint(
     *,
     dense: Mapping[str, torch.Tensor],
     tables: EmbeddingTables,
+    memory: Mapping[str, npt.NDArray[Any]],
     pending: Mapping[str, torch.Tensor],
     keep: int,
     processes: Processes,
@@ -128,7 +147,7 @@ def save_checkpoint(
         _write_tensors(staged / _tables_file(processes.rank, processes.count), _by_key(tables))
         processes.wait()
         if processes.rank == 0:
-            _finish(staged, final, manifest, dense=dense, pending=pending, num_table_files=processes.count)
+            _finish(staged, final, manifest, dense=dense, memory=memory, pending=pending, num_table_files=processes.count)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -190,6 +209,14 @@ def load_dense(model_dir: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def load_memory(model_dir: Path, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of counters and histories."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for path in _files(model_dir, manifest, "memory"):
+        arrays |= load_arrays(path)
+    return arrays
+
+
 def load_tables(model_dir: Path, manifest: Manifest, tables: EmbeddingTables, *, with_optimizer: bool = True) -> None:
     """Fills `tables`, which may be cut otherwise than the saved ones."""
     saved: dict[str, list[TableSlice]] = {}
@@ -249,6 +276,7 @@ def _finish(
     manifest: Manifest,
     *,
     dense: Mapping[str, torch.Tensor],
+    memory: Mapping[str, npt.NDArray[Any]],
     pending: Mapping[str, torch.Tensor],
     num_table_files: int,
 ) -> None:
@@ -256,6 +284,10 @@ def _finish(
     _write_tensors(staged / "dense.safetensors", dense)
     parts = [_describe(staged, "dense", "dense.safetensors")]
     parts += [_describe(staged, "tables", _tables_file(rank, num_table_files)) for rank in range(num_table_files)]
+    if memory:
+        save_arrays(dict(memory), staged / "memory.safetensors")
+        _sync_file(staged / "memory.safetensors")
+        parts.append(_describe(staged, "memory", "memory.safetensors"))
     if pending:
         _write_tensors(staged / "pending.safetensors", pending)
         parts.append(_describe(staged, "pending", "pending.safetensors"))
@@ -272,11 +304,15 @@ def _tables_file(rank: int, count: int) -> str:
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
     with path.open("rb") as written:
         os.fsync(written.fileno())
 
 
-def _describe(folder: Path, content: Literal["dense", "tables", "pending"], file: str) -> Part:
+def _describe(folder: Path, content: Content, file: str) -> Part:
     path = folder / file
     return Part(kind="base", content=content, file=file, bytes=path.stat().st_size, sha256=_sha256(path))
 

@@ -12,6 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from data_schemas.dataset import DatasetSpec
@@ -19,6 +21,7 @@ from data_schemas.errors import DataError
 from data_schemas.examples import F32, Examples
 from models.ctr import CtrModel, build_model
 from models.embeddings import TableSlice
+from models.memory import Memory
 from models.tables import table_layout
 from pipeline.config import ModelConfig
 from pipeline.data.encode import encode, num_dense_columns
@@ -30,6 +33,7 @@ from pipeline.publishing.checkpoint import Moments
 
 DESCRIPTION = "predictor.json"
 WEIGHTS = "weights.safetensors"
+MEMORY = "memory.safetensors"
 
 
 class _Description(BaseModel):
@@ -44,12 +48,18 @@ class Predictor:
     """A model that only predicts."""
 
     def __init__(
-        self, model: CtrModel, dense_weights: Mapping[str, torch.Tensor], spec: DatasetSpec, moments: RunningMoments
+        self,
+        model: CtrModel,
+        dense_weights: Mapping[str, torch.Tensor],
+        spec: DatasetSpec,
+        moments: RunningMoments,
+        memory: Memory,
     ) -> None:
         self.model = model
         self.dense_weights = dense_weights
         self.spec = spec
         self.moments = moments
+        self.memory = memory
 
     def predict(self, frame: pd.DataFrame) -> F32:
         """Probability of a click for each row.
@@ -64,8 +74,9 @@ class Predictor:
         return self.predict_examples(to_examples(_as_click_log(frame, self.spec), self.spec))
 
     def predict_examples(self, examples: Examples) -> F32:
-        """The same for rows of the click log."""
-        window = encode(examples, self.spec, self.moments)
+        """The same for rows of the click log; what is remembered has decayed until their last hour."""
+        hour = int(examples.hour_R.max(initial=0))
+        window = encode(examples, self.spec, self.memory, self.moments, hour=hour)
         device = next(self.model.net.parameters()).device
         return probabilities(self.model, self.dense_weights, window, device=device)
 
@@ -73,23 +84,21 @@ class Predictor:
 def export_predictor(state: ModelState, spec: DatasetSpec, model: ModelConfig, folder: Path) -> None:
     """Writes what serving needs, and no optimizer state, into `folder`, which must not exist yet."""
     folder.mkdir(parents=True)
-    moments = state.moments
-    description = _Description(
-        spec=spec,
-        model=model,
-        moments=Moments(count=tuple(moments.count_N), mean=tuple(moments.mean_N), deviations=tuple(moments.deviations_N)),
-    )
+    moments = Moments.of(state.moments)
+    assert moments is not None, "a model that learned nothing is not published"
+    description = _Description(spec=spec, model=model, moments=moments)
     (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1))
     learner = state.learner
     tensors = {f"dense.{name}": tensor for name, tensor in learner.dense_weights(averaged=True).items()}
     tensors |= {f"tables.{piece.name}": piece.tensor for piece in learner.model.tables.slices(with_optimizer=False)}
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    save_arrays(state.memory.arrays(), folder / MEMORY)
 
 
 def load_predictor(folder: Path) -> Predictor:
     """The predictor in `folder`; nothing in it is executed."""
     description = _Description.model_validate_json((folder / DESCRIPTION).read_bytes())
-    spec, saved = description.spec, description.moments
+    spec = description.spec
     device = default_device()
     model = build_model(
         architecture(description.model),
@@ -106,10 +115,9 @@ def load_predictor(folder: Path) -> Predictor:
     slices = {name: [TableSlice(name=name, row=0, column=0, tensor=tensor)] for name, tensor in tables.items()}
     model.tables.load_slices(slices, with_optimizer=False)
     dense = {name.removeprefix("dense."): tensor.to(device) for name, tensor in tensors.items() if name.startswith("dense.")}
-    moments = RunningMoments(
-        count_N=np.array(saved.count), mean_N=np.array(saved.mean), deviations_N=np.array(saved.deviations)
-    )
-    return Predictor(model, dense, spec, moments)
+    memory = Memory(spec)
+    memory.load(load_arrays(folder / MEMORY))
+    return Predictor(model, dense, spec, description.moments.running(), memory)
 
 
 def _as_click_log(frame: pd.DataFrame, spec: DatasetSpec) -> pa.Table:
@@ -145,6 +153,7 @@ def _convert(name: str, values: Sequence[object], kind: pa.DataType) -> pa.Array
 
 def _event_times(frame: pd.DataFrame, spec: DatasetSpec) -> pa.Array:
     derived = [feature.name for feature in spec.categorical if feature.from_time]
+    derived += [name for name, there in (("counters", spec.counters), ("ages", spec.ages), ("history", spec.history)) if there]
     if "event_time" not in frame.columns:
         if derived:
             raise DataError(f"the request has no column 'event_time', which {derived} are derived from")
@@ -164,7 +173,9 @@ def _as_id(value: object, kind: str) -> object:
     if value is None or value == "":
         return None
     if kind == "integer":
-        whole = (isinstance(value, float) and value.is_integer()) or (isinstance(value, str) and value.strip().lstrip("-").isdigit())
+        whole = (isinstance(value, float) and value.is_integer()) or (
+            isinstance(value, str) and value.strip().lstrip("-").isdigit()
+        )
         return int(value) if whole else value  # type: ignore[call-overload]
     return str(value)
 

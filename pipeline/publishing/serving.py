@@ -3,7 +3,8 @@
 MLflow copies this file into the model and runs it there (models from code: no pickle). tidemark must be installed
 where it is served: `mlflow models serve -m "models:/<data set>-<model>@champion" --env-manager local`.
 
-A request has a column for every feature of the data set; any value may be missing. A list is a JSON list or one separated string. An
+A request has a column for every feature of the data set; any value may be missing. A list is a JSON list or one
+separated string. An
 integer id above 2^53 belongs in a JSON string wherever another row of the request has none: JSON readers turn such a
 column into floating-point numbers.
 """

@@ -98,6 +98,111 @@ def test_the_fingerprint_changes_with_features_and_with_nothing_else(tmp_path: P
     assert load_spec(write(tmp_path, GOOD.replace('[label]\ncolumn = "clicked"', ""))).fingerprint() != before
 
 
+REMEMBERING = (
+    """crosses = [["user_id", "item"], ["user_id", "item", "city"]]
+ages = ["item"]
+"""
+    + GOOD
+    + """
+[[categorical]]
+name = "item"
+[[categorical]]
+name = "city"
+[[counters]]
+over = ["item"]
+half_lives_hours = [1, 24.0, inf]
+[[counters]]
+over = ["user_id", "item"]
+of = ["clicks"]
+capacity = 1024
+[history]
+of = ["item", "city"]
+length = 20
+"""
+)
+
+
+def test_crosses_counters_ages_and_a_history_are_declared(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, REMEMBERING))
+    assert spec.crosses == (("user_id", "item"), ("user_id", "item", "city"))
+    assert spec.ages == ("item",)
+    assert spec.counters[0].half_lives_hours == (1.0, 24.0, float("inf"))
+    assert spec.counters[0].of == ("clicks", "impressions", "ctr")
+    assert spec.counters[1].capacity == 1024
+    assert spec.history is not None
+    assert (spec.history.length, spec.history.max_events_per_window) == (20, 1000)
+    assert DatasetSpec.model_validate(tomllib.loads(REMEMBERING)) == spec
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('["user_id", "item"],', '["user_id", "colour"],', ["crosses.0", "colour", "'item'", "'city'"]),
+        ('["user_id", "item"],', '["user_id", "user_id"],', ["crosses.0", "user_id", "2 times"]),
+        ('["user_id", "item"],', '["user_id"],', ["crosses.0"]),
+        ('["user_id", "item"],', '["item", "city", "user_id"],', ["crosses", "2 times"]),
+        ('["user_id", "item"],', '["user_id", "tags"],', ["crosses.0", "tags", "single-id"]),
+        ('["user_id", "item"],', '["user_id", "hour"],', ["crosses.0", "hour", "of the log"]),
+        ('ages = ["item"]', 'ages = ["price"]', ["ages", "price"]),
+        ('ages = ["item"]', 'ages = ["item", "item"]', ["ages", "item", "2 times"]),
+        ('ages = ["item"]', "age_capacity = 0", ["age_capacity", "0"]),
+        ('ages = ["item"]', "cross_capacity = 0", ["cross_capacity", "0"]),
+        ('over = ["item"]', 'over = ["hour"]', ["counters.0.over", "hour"]),
+        ('over = ["item"]', 'over = ["colour"]', ["counters.0.over", "colour", "'item'"]),
+        ('over = ["item"]', "over = []", ["counters.0.over"]),
+        ('over = ["item"]', 'over = ["item", "user_id"]', ["counters", "2 times"]),
+        ('over = ["item"]', 'over = ["item", "item"]', ["counters.0", "over", "2 times"]),
+        ('of = ["clicks"]', "of = []", ["counters.1.of"]),
+        ('of = ["clicks"]', 'of = ["views"]', ["counters.1.of.0", "views", "impressions"]),
+        ('of = ["clicks"]', 'of = ["clicks", "clicks"]', ["counters.1", "of", "2 times"]),
+        ("capacity = 1024", "capacity = 0", ["counters.1.capacity", "0"]),
+        ("capacity = 1024", "prior_rows = 0.0", ["counters.1.prior_rows"]),
+        ("capacity = 1024", "prior_rows = inf", ["counters.1.prior_rows"]),
+        ("[1, 24.0, inf]", "[1.0, 0.0]", ["counters.0.half_lives_hours.1"]),
+        ("[1, 24.0, inf]", "[nan]", ["counters.0.half_lives_hours.0"]),
+        ("[1, 24.0, inf]", "[1, 1.0]", ["counters.0", "half_lives_hours", "2 times"]),
+        ('of = ["item", "city"]', 'of = ["item", "colour"]', ["history.of", "colour"]),
+        ('of = ["item", "city"]', 'of = ["item", "user_id"]', ["history.of", "user_id", "whose history"]),
+        ('of = ["item", "city"]', 'of = ["city", "city"]', ["history", "of", "2 times"]),
+        ("length = 20", "length = 0", ["history.length", "0"]),
+        ("length = 20", "length = 1001", ["history.length", "1001"]),
+        ("length = 20", "capacity = 0", ["history.capacity", "0"]),
+        ("length = 20", "max_events_per_window = 0", ["history.max_events_per_window", "0"]),
+        ('user = "user_id"', "", ["history", "set 'user'"]),
+        ('[label]\ncolumn = "clicked"', "", ["counters.0.of", "without 'label'", '["clicks"]']),
+    ],
+)
+def test_a_wrong_cross_counter_age_or_history_names_the_field(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in REMEMBERING
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(tmp_path, REMEMBERING.replace(old, new, 1)))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_log_of_clicks_only_may_count_clicks(tmp_path: Path) -> None:
+    text = REMEMBERING.replace('[label]\ncolumn = "clicked"', "").replace(
+        "half_lives_hours", 'of = ["clicks"]\nhalf_lives_hours'
+    )
+    assert not load_spec(write(tmp_path, text)).has_labels
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (', ["user_id", "item", "city"]', ""),
+        ('ages = ["item"]', 'ages = ["city"]'),
+        ('ages = ["item"]', 'ages = ["item"]\nage_capacity = 64'),
+        ('ages = ["item"]', 'ages = ["item"]\ncross_capacity = 64'),
+        ("[1, 24.0, inf]", "[1, 24.0]"),
+        ("length = 20", "length = 21"),
+    ],
+)
+def test_the_fingerprint_changes_with_what_is_remembered(tmp_path: Path, old: str, new: str) -> None:
+    before = load_spec(write(tmp_path, REMEMBERING)).fingerprint()
+    assert old in REMEMBERING
+    assert load_spec(write(tmp_path, REMEMBERING.replace(old, new))).fingerprint() != before
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

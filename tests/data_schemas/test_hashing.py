@@ -72,3 +72,13 @@ def test_rows_of_a_huge_table_stay_inside_it() -> None:
     rows = rows_of(mix64(np.arange(1000, dtype=np.uint64)), 2**40)
     assert rows.min() >= 0
     assert rows.max() < 2**40
+
+
+def test_chunks_with_dictionaries_of_their_own_hash_like_plain_strings() -> None:
+    words = [["x", None, "y"], ["y", "z", "x"], [None], []]
+    encoded = pa.chunked_array([pa.array(part, pa.string()).dictionary_encode() for part in words])
+    assert hash_ids(encoded).tolist() == hash_ids(pa.array([word for part in words for word in part], pa.string())).tolist()
+    sliced = encoded.slice(2, 3)
+    assert hash_ids(sliced).tolist() == hash_ids(pa.array(["y", "y", "z"])).tolist()
+    numbers = pa.chunked_array([[1, None], [], [3]], pa.int64())
+    assert hash_ids(numbers).tolist() == hash_ids(pa.array([1, None, 3], pa.int64())).tolist()

@@ -13,10 +13,11 @@ from data_schemas.errors import LearningDiverged
 from data_schemas.examples import Examples
 from models.ctr import build_model
 from models.loss import weighted_log_loss_sum
+from models.memory import Memory
 from models.tables import table_layout
 from pipeline.config import ModelConfig, TrainingConfig
 from pipeline.data.encode import EncodedWindow, encode, num_dense_columns
-from pipeline.data.normalise import RunningMoments, transform
+from pipeline.data.normalise import RunningMoments
 from pipeline.model_state import architecture
 from pipeline.training.batch_size import FixedBatch, RecordedPlan
 from pipeline.training.budget import Deadline
@@ -25,17 +26,17 @@ from pipeline.training.learner import Arithmetic, Learner, StepResult
 from sampling.minibatches import BatchCursor
 
 CPU = torch.device("cpu")
+PLAIN = {"sparse_step_rows": 0, "sparse_optimizer": "rowwise_adagrad", "sparse_learning_rate": 0.1, "weight_ema": 0.0}
 MakeExamples = Callable[..., Examples]
 
 
 def _window(spec: DatasetSpec, examples: Examples) -> EncodedWindow:
-    moments = RunningMoments.nothing_seen(2).after(transform(spec.numeric, examples.numeric_NR))
-    return encode(examples, spec, moments)
+    return encode(examples, spec, Memory(spec), None, hour=0)
 
 
 def _learner(spec: DatasetSpec, *, precision: Arithmetic = "fp32", kind: str = "dlrm", **training: Any) -> Learner:
     model_config = ModelConfig(kind=kind, hidden=(16, 8), interaction_dim=8)  # type: ignore[arg-type]
-    config = TrainingConfig(**{"sparse_step_rows": 0, **training})
+    config = TrainingConfig(**{**PLAIN, **training})
     model = build_model(
         architecture(model_config),
         table_layout(spec),
@@ -123,7 +124,7 @@ def test_a_weight_of_two_equals_the_row_twice(small_spec: DatasetSpec, small_exa
     weights[:10] = 2
     learners = []
     for rows in (twice, examples.with_weights(weights)):
-        window = encode(rows, small_spec, RunningMoments.nothing_seen(2))
+        window = encode(rows, small_spec, Memory(small_spec), RunningMoments.nothing_seen(2), hour=0)
         learners.append(_learner(small_spec, sparse_optimizer="adagrad"))
         _step(learners[-1], window, np.arange(rows.num_rows), divisor=50)
     assert _greatest_difference(*learners) < 1e-6

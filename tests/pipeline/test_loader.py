@@ -9,6 +9,7 @@ import pyarrow as pa
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import Examples, IdLists, concatenate
 from data_schemas.hashing import MISSING, hash_ids, rows_of
+from models.memory import Memory
 from pipeline.data.encode import encode
 from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
@@ -57,7 +58,7 @@ def test_a_log_of_clicks_only_has_labels_of_one(small_spec: DatasetSpec) -> None
 
 def test_a_minibatch_holds_the_rows_asked_for(small_spec: DatasetSpec, small_examples: Callable[..., Examples]) -> None:
     examples = small_examples(30)
-    window = encode(examples, small_spec, RunningMoments.nothing_seen(2))
+    window = encode(examples, small_spec, Memory(small_spec), RunningMoments.nothing_seen(2), hour=0)
     rows = np.array([3, 29, 3, 0, 11])
     batch = window.minibatch(rows, filling_B=np.arange(5) == 4)
     tags = examples.list_ids["tags"]

@@ -32,7 +32,7 @@ def learn_windows(state_dir: Path, hours: range) -> None:
     config, spec = _config(state_dir), load_spec("synthetic")
     for hour in hours:
         state = restore_or_create(config, spec, Processes.started())
-        window = encode(_examples(spec, hour), spec, state.moments)
+        window = encode(_examples(spec, hour), spec, state.memory, state.moments, hour=hour)
         policy = FixedBatch(batch_size=64, learning_rate=0.01)
         learned = learn(state.learner, window, seed=[hour], policy=policy)
         bounds = Window(start=hour, end=hour + 1, log_version=hour, pieces=(), late_rows=0, left=())

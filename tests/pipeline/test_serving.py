@@ -55,7 +55,7 @@ def test_the_champion_answers_as_training_does(published: UpdateConfig, monkeypa
     assert window is not None
     table = read_window(log, window, columns_to_read(spec)).slice(0, 50)
     state = restore_or_create(published, spec, Processes())
-    encoded = encode(to_examples(table, spec), spec, state.moments)
+    encoded = encode(to_examples(table, spec), spec, state.memory, state.moments, hour=window.start)
     learner = state.learner
     expected = probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
 

@@ -91,7 +91,7 @@ def test_an_update_is_one_finished_run_with_everything_on_it(config: UpdateConfi
     run_id = tracker.log_update(report_at(), texts={"report.md": "# hello"}, images={"plots/auc.png": b"\x89PNG"})
     run = runs_of(config)["2026-01-01T05 hourly"]
     assert (run.info.run_id, run.info.status, tracker.notes) == (run_id, "FINISHED", [])
-    assert run.data.params["training.batch_size"] == "512"
+    assert run.data.params["training.batch_size"] == str(config.training.batch_size)
     assert run.data.params["precision"] == "fp32"
     assert run.data.tags["git_commit"] == "abc123"
     assert run.data.tags["log_version"] == "3"

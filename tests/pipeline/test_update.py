@@ -1,5 +1,6 @@
 """The whole update on a small synthetic click log: warm start, deadline, corruption, and what reaches the next update."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,12 +15,17 @@ from filelock import FileLock
 from data_schemas.dataset import load_spec
 from data_schemas.errors import CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
 from pipeline.config import UpdateConfig, load_config
+from pipeline.data.encode import UserBags, encode
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
+from pipeline.data.loader import columns_to_read, to_examples
+from pipeline.data.windows import Cursor, next_window, read_window
 from pipeline.model_state import restore_or_create
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.checkpoint import current_version, load_dense, read_manifest, versions
 from pipeline.publishing.predictor import export_predictor, load_predictor
+from pipeline.training.batch_size import FixedBatch
+from pipeline.training.learn import learn
 from pipeline.training.processes import Processes
 from pipeline.update import run_update
 
@@ -28,6 +34,8 @@ name = "tiny"
 user = "user"
 item = "item"
 event_key = ["event_id"]
+crosses = [["user", "item"]]
+ages = ["item"]
 [time]
 column = "time"
 [label]
@@ -54,6 +62,16 @@ embedding_dim = 8
 [[numeric]]
 name = "price"
 lower = 0.0
+[[counters]]
+over = ["item"]
+half_lives_hours = [1.0, 24.0]
+[[counters]]
+over = ["user", "item"]
+of = ["clicks"]
+half_lives_hours = [inf]
+[history]
+of = ["item"]
+length = 5
 """
 SETTINGS = ["training.precision='fp32'", "training.batch_size=64", "training.micro_batch_size=32", "tracking.enabled=false"]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -104,9 +122,9 @@ def _bits(config: UpdateConfig) -> dict[str, bytes]:
     manifest = read_manifest(config.model_dir, state.version)
     tensors = load_dense(config.model_dir, manifest)
     tensors |= {piece.name: piece.tensor for piece in state.learner.model.tables.slices()}
-    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()} | {
-        "moments": str(manifest.moments).encode()
-    }
+    memory = {name: array.tobytes() for name, array in state.memory.arrays().items()}
+    weights = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
+    return memory | weights | {"moments": str(manifest.moments).encode()}
 
 
 def test_hours_are_learned_in_order_and_the_model_gets_better(config: UpdateConfig) -> None:
@@ -335,3 +353,53 @@ def test_random_state_is_restored(config: UpdateConfig) -> None:
         restore_or_create(config, load_spec(config.dataset), Processes())
         draws.append(torch.rand(3))
     assert torch.equal(*draws)
+
+
+def test_labels_of_an_hour_do_not_reach_that_hours_inputs(config: UpdateConfig) -> None:
+    """Counters and histories of a window are those of the windows before, whatever happened in it."""
+    spec = load_spec(config.dataset)
+    for hour in range(3):
+        _write_hour(config, hour)
+    _ingest(config)
+    _learn_all(config)
+    memory = restore_or_create(config, spec, Processes()).memory
+    log = ClickLog.open_or_create(config.log_path, spec)
+    window = next_window(log, Cursor(), config.window, datetime.now(UTC))
+    assert window is not None
+    examples = to_examples(read_window(log, window, columns_to_read(spec)), spec)
+    moved = replace(examples, labels_R=np.roll(examples.labels_R, 7))
+    first, second = (encode(rows, spec, memory, None, hour=window.start + 3) for rows in (examples, moved))
+    np.testing.assert_array_equal(first.raw_dense_NR, second.raw_dense_NR)
+    assert first.histories is not None
+    assert second.histories is not None
+    for key, bags in first.histories.pools.items():
+        np.testing.assert_array_equal(bags.rows_V, second.histories.pools[key].rows_V)
+
+
+def test_a_history_is_looked_up_once_a_user_and_learned_from_every_row(config: UpdateConfig) -> None:
+    """With histories carried by one row a user, logits and gradients equal those of histories on every row."""
+    spec = load_spec(config.dataset)
+    for hour in range(2):
+        _write_hour(config, hour)
+    _ingest(config)
+    _learn_all(config)
+    state = restore_or_create(config, spec, Processes())
+    log = ClickLog.open_or_create(config.log_path, spec)
+    window = next_window(log, Cursor(), config.window, datetime.now(UTC))
+    assert window is not None
+    examples = to_examples(read_window(log, window, columns_to_read(spec)), spec).take(np.arange(120))
+    encoded = encode(examples, spec, state.memory, state.moments, hour=window.end + 1)
+    assert encoded.histories is not None
+    by_row = UserBags(
+        user_R=np.arange(120),
+        pools={key: bags.take(encoded.histories.user_R) for key, bags in encoded.histories.pools.items()},
+    )
+    weights = []
+    for form in (encoded, replace(encoded, histories=by_row)):
+        learner = restore_or_create(config, spec, Processes()).learner
+        learn(learner, form, seed=[0], policy=FixedBatch(batch_size=40, learning_rate=0.01))
+        weights.append({piece.name: piece.tensor.clone() for piece in learner.model.tables.slices()})
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(
+            weights[1][name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,0 +1,221 @@
+"""64-bit keys to slots of a bounded table, a whole window at a time.
+
+Enters: `[R] uint64` hashes of ids, or of pairs of ids. Leaves: `[R] int64` slots in `[0, capacity)`, where the caller keeps
+its state. The table is set-associative, as a processor's cache: a key may lie in any of the `WAYS` slots of its bucket, which
+are one cache line, and in a full bucket the least recently used key gives way.
+
+Letters: R rows, U distinct new keys, P buckets that get new keys, W ways of a bucket.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_schemas.errors import SpecMismatch
+from data_schemas.examples import I64, U64, Examples
+from data_schemas.hashing import MISSING, combine_hashes, mix64, rows_of
+
+Bool = npt.NDArray[np.bool_]
+
+WAYS = 8
+"""Keys of a bucket: eight keys of eight bytes are one cache line."""
+
+FREE = np.int32(-(2**31))
+"""The hour of a slot that holds no key: it goes first."""
+
+IN_USE = np.int32(2**31 - 1)
+"""The hour of a slot that the present call has returned: it never gives way."""
+
+BLOCK_ROWS = 8192
+"""Keys that are looked up at a time, so that their buckets stay in the processor's cache."""
+
+
+class KeyIndex:
+    """Which slot holds which key; memory is bounded by `capacity`, whatever arrives.
+
+    The slots depend on the order of calls, not on the order of keys inside a call. A key loses its slot only when its bucket
+    is full: with as many keys as half of the capacity 1 % do not fit, with three quarters 5 %. `MISSING` is never stored.
+
+    >>> index = KeyIndex(1000)
+    >>> slots, fresh, num_evicted = index.find_or_add(np.array([7, 0, 7], np.uint64), now_hour=0)
+    >>> slots[0] == slots[2], slots[1], fresh, num_evicted
+    (np.True_, np.int64(-1), array([ True, False,  True]), 0)
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """An empty index.
+
+        Args:
+            capacity: most slots, at least 2; rounded down to whole buckets.
+        """
+        assert capacity >= 2, capacity
+        self.capacity = capacity
+        self._ways = min(WAYS, capacity)
+        self._num_buckets = capacity // self._ways
+        self._keys = np.zeros(self.num_slots, np.uint64)
+        self._used_hour = np.full(self.num_slots, FREE, np.int32)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that can hold a key: `capacity`, rounded down to whole buckets."""
+        return self._num_buckets * self._ways
+
+    def __len__(self) -> int:
+        """Keys that are stored."""
+        return int(np.count_nonzero(self._keys))
+
+    def find(self, keys_R: U64) -> I64:
+        """The slot of each key, -1 where it is not stored."""
+        slots_R = np.empty(len(keys_R), np.int64)
+        keys_BW = self._keys.reshape(-1, self._ways)
+        for start in range(0, len(keys_R), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            bucket = self._buckets(keys_R[block])
+            matches = keys_BW[bucket] == keys_R[block, None]
+            way = matches.argmax(axis=1)
+            found = np.take_along_axis(matches, way[:, None], axis=1)[:, 0] & (keys_R[block] != MISSING)
+            slots_R[block] = np.where(found, bucket * self._ways + way, -1)
+        return slots_R
+
+    def find_or_add(self, keys_R: U64, now_hour: int) -> tuple[I64, Bool, int]:
+        """The slot of each key; keys that are new get one, in a full bucket that of the least recently used key.
+
+        A key that this very call has returned never gives way. Where the keys of one call overfill a bucket, the largest
+        of its new keys get no slot.
+
+        Args:
+            keys_R: keys, which may repeat.
+            now_hour: when these keys are used, in hours since 1970.
+
+        Returns:
+            slots: `[R]`, -1 for `MISSING` and where no place was left;
+            fresh: `[R]`, true where the slot was newly assigned, so that what the caller keeps there has to be reset;
+            num_evicted: stored keys that gave way.
+        """
+        slots_R = self.find(keys_R)
+        found = slots_R[slots_R >= 0]
+        used_hour = self._used_hour[found]
+        self._used_hour[found] = IN_USE
+        new_R = (slots_R < 0) & (keys_R != MISSING)
+        num_evicted = self._place(_distinct(keys_R[new_R]), now_hour)
+        self._used_hour[found] = np.maximum(used_hour, now_hour)
+        slots_R[new_R] = self.find(keys_R[new_R])
+        return slots_R, new_R & (slots_R >= 0), num_evicted
+
+    def touch(self, slots: I64, now_hour: int) -> None:
+        """Note that these slots (-1 for none) are used now, so that others give way first."""
+        slots = slots[slots >= 0]
+        self._used_hour[slots] = np.maximum(self._used_hour[slots], now_hour)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint keeps, of the slots that hold a key alone: `slots` (ascending), `keys` and `used_hour`."""
+        slots = np.flatnonzero(self._keys)
+        return {"slots": slots, "keys": self._keys[slots], "used_hour": self._used_hour[slots]}
+
+    def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> I64:
+        """Take the place of what `arrays()` gave; returns its `slots`.
+
+        Raises:
+            SpecMismatch: the arrays come from an index of another capacity.
+        """
+        slots, keys = arrays["slots"], arrays["keys"]
+        fits = len(slots) == len(keys) == len(arrays["used_hour"]) and (keys != MISSING).all()
+        if not fits or not np.array_equal(self._buckets(keys), slots // self._ways):
+            raise SpecMismatch(
+                f"{len(keys)} saved keys do not lie where an index of capacity {self.capacity} looks for them; "
+                "they were saved with another capacity: set that one, or start without them"
+            )
+        self._keys[:] = MISSING
+        self._used_hour[:] = FREE
+        self._keys[slots] = keys
+        self._used_hour[slots] = arrays["used_hour"]
+        return slots.astype(np.int64, copy=False)
+
+    def _buckets(self, keys: U64) -> I64:
+        """Keys are mixed once more: the bits that choose a key's shard or table row shall not choose its bucket."""
+        return rows_of(mix64(keys), self._num_buckets)
+
+    def _place(self, new_keys_U: U64, now_hour: int) -> int:
+        """Give slots to distinct keys that are not stored, smallest first; returns how many keys gave way."""
+        bucket_U = self._buckets(new_keys_U)
+        order_U = np.argsort(bucket_U, kind="stable")
+        first_P = run_starts(bucket_U[order_U])
+        count_P = np.diff(first_P, append=len(order_U))
+        rank_U = np.arange(len(order_U)) - np.repeat(first_P, count_P)
+        leaves_PW = np.argsort(self._used_hour.reshape(-1, self._ways)[bucket_U[order_U[first_P]]], axis=1, kind="stable")
+        fits_U = rank_U < self._ways
+        way_U = leaves_PW[np.repeat(np.arange(len(first_P)), count_P)[fits_U], rank_U[fits_U]]
+        order_U = order_U[fits_U]
+        slot_U = bucket_U[order_U] * self._ways + way_U
+        gives_way_U = self._used_hour[slot_U] != IN_USE
+        slot_U, order_U = slot_U[gives_way_U], order_U[gives_way_U]
+        num_evicted = int(np.count_nonzero(self._keys[slot_U]))
+        self._keys[slot_U] = new_keys_U[order_U]
+        self._used_hour[slot_U] = now_hour
+        return num_evicted
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyChanges:
+    """What counting a window in did to the keys that are stored."""
+
+    new_keys: int = 0
+    """Keys that got a slot."""
+    evicted_keys: int = 0
+    """Keys whose state was given up for a new one."""
+    refused_rows: int = 0
+    """Rows whose key got no slot: the keys of the window overfilled its bucket."""
+
+    @staticmethod
+    def of(keys_R: U64, slots_R: I64, fresh_R: Bool, num_evicted: int) -> "KeyChanges":
+        """Those of a call of `find_or_add`."""
+        return KeyChanges(
+            new_keys=len(_distinct(keys_R[fresh_R])),
+            evicted_keys=num_evicted,
+            refused_rows=int(np.count_nonzero((slots_R < 0) & (keys_R != MISSING))),
+        )
+
+    def plus(self, other: "KeyChanges") -> "KeyChanges":
+        """Both together."""
+        return KeyChanges(
+            new_keys=self.new_keys + other.new_keys,
+            evicted_keys=self.evicted_keys + other.evicted_keys,
+            refused_rows=self.refused_rows + other.refused_rows,
+        )
+
+
+def keys_over(examples: Examples, features: Sequence[str]) -> U64:
+    """`[R]` one key for the ids of `features` together; `MISSING` where any of them is.
+
+    Args:
+        examples: rows that have the features as single ids.
+        features: one name or more; their order matters.
+    """
+    first, *others = (examples.single_ids[name] for name in features)
+    if not others:
+        return first
+    keys_R, missing_R = first, first == MISSING
+    for ids_R in others:
+        keys_R = combine_hashes(keys_R, ids_R)
+        missing_R |= ids_R == MISSING
+    return np.where(missing_R, MISSING, np.maximum(keys_R, np.uint64(1)))
+
+
+def run_starts(sorted_values: npt.NDArray[Any]) -> I64:
+    """Where each run of equal values begins.
+
+    >>> run_starts(np.array([3, 3, 5, 8, 8]))
+    array([0, 2, 3])
+    """
+    begins = np.ones(len(sorted_values), np.bool_)
+    begins[1:] = sorted_values[1:] != sorted_values[:-1]
+    return np.flatnonzero(begins)
+
+
+def _distinct(keys: U64) -> U64:
+    """Each key once, ascending; sorting is eight times as fast as the hashing of `np.unique` in numpy 2.4."""
+    keys = np.sort(keys)
+    return keys[run_starts(keys)]

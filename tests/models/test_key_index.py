@@ -1,0 +1,170 @@
+"""Keys to slots of a bounded table."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_schemas.errors import SpecMismatch
+from data_schemas.examples import Examples
+from data_schemas.hashing import MISSING, combine_hashes, mix64, rows_of
+from models.key_index import WAYS, KeyChanges, KeyIndex, keys_over
+
+
+def as_keys(values: list[int]) -> np.ndarray:
+    return np.array(values, np.uint64)
+
+
+class SlowIndex:
+    """The same rules, a key at a time, in dictionaries."""
+
+    def __init__(self, capacity: int) -> None:
+        self.ways = min(WAYS, capacity)
+        self.num_buckets = capacity // self.ways
+        self.key_of: dict[int, int] = {}
+        self.used: dict[int, int] = {}
+
+    def find(self, key: int) -> int:
+        return next((slot for slot, stored in self.key_of.items() if stored == key), -1)
+
+    def find_or_add(self, keys: list[int], hour: int) -> tuple[list[int], list[bool], int]:
+        distinct = sorted(set(keys) - {0})
+        in_use = {self.find(key) for key in distinct} - {-1}
+        new = [key for key in distinct if self.find(key) < 0]
+        evicted = 0
+        for key in new:
+            bucket = int(rows_of(mix64(as_keys([key])), self.num_buckets)[0])
+            slots = range(bucket * self.ways, (bucket + 1) * self.ways)
+            candidates = [slot for slot in slots if slot not in in_use]
+            if not candidates:
+                continue
+            slot = min(candidates, key=lambda s: (self.used.get(s, -(10**9)), s))
+            evicted += slot in self.key_of
+            self.key_of[slot], self.used[slot] = key, hour
+            in_use.add(slot)
+        for slot in in_use:
+            self.used[slot] = max(self.used[slot], hour)
+        return [self.find(k) for k in keys], [k in new and self.find(k) >= 0 for k in keys], evicted
+
+
+CALLS = st.lists(st.tuples(st.lists(st.integers(0, 60), max_size=30), st.integers(0, 5)), max_size=8)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(capacity=st.integers(2, 40), calls=CALLS)
+def test_an_index_equals_a_dictionary_with_buckets_that_give_up_the_least_recently_used(
+    capacity: int, calls: list[tuple[list[int], int]]
+) -> None:
+    index, slow = KeyIndex(capacity), SlowIndex(capacity)
+    for keys, hour in calls:
+        slots, fresh, evicted = index.find_or_add(as_keys(keys), hour)
+        assert (slots.tolist(), fresh.tolist(), evicted) == slow.find_or_add(keys, hour)
+        assert index.find(as_keys(list(range(61)))).tolist() == [slow.find(key) if key else -1 for key in range(61)]
+        assert len(index) == len(slow.key_of) <= capacity
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(keys=st.lists(st.integers(0, 2**64 - 1), max_size=60))
+def test_the_order_of_keys_in_a_call_does_not_matter(keys: list[int]) -> None:
+    shuffled = np.random.default_rng(0).permutation(as_keys(keys))
+    one, other = KeyIndex(32), KeyIndex(32)
+    one.find_or_add(as_keys(keys), 3)
+    other.find_or_add(shuffled, 3)
+    np.testing.assert_array_equal(one.find(as_keys(keys)), other.find(as_keys(keys)))
+
+
+def test_no_key_is_lost_while_its_bucket_has_room_and_slots_are_distinct() -> None:
+    keys = np.random.default_rng(1).integers(1, 2**64, 20_000, np.uint64)
+    index = KeyIndex(8 * 20_000)
+    for hour, part in enumerate(np.split(keys, 20)):
+        slots, fresh, evicted = index.find_or_add(part, hour)
+        assert fresh.all()
+        assert evicted == 0
+    slots = index.find(keys)
+    assert (slots >= 0).all()
+    assert len(np.unique(slots)) == len(np.unique(keys)) == len(index)
+    assert slots.max() < index.num_slots <= index.capacity
+
+
+def test_a_table_keeps_99_keys_of_100_at_half_of_its_capacity() -> None:
+    keys = np.random.default_rng(2).integers(1, 2**64, 32_768, np.uint64)
+    index = KeyIndex(65_536)
+    index.find_or_add(keys, 0)
+    assert (index.find(keys) >= 0).mean() > 0.985
+
+
+def test_a_burst_of_new_keys_never_passes_the_capacity() -> None:
+    rng = np.random.default_rng(3)
+    index = KeyIndex(1000)
+    for hour in range(10):
+        slots, fresh, _ = index.find_or_add(rng.integers(1, 2**64, 5000, np.uint64), hour)
+        assert slots.max() < 1000
+        assert len(np.unique(slots[fresh])) == fresh.sum()
+    assert len(index) == index.num_slots == 1000
+
+
+def test_a_key_used_in_this_call_or_touched_since_outlives_the_others() -> None:
+    index = KeyIndex(8)
+    index.find_or_add(as_keys(list(range(1, 9))), 1)
+    index.touch(index.find(as_keys([1, 2, 999])), 5)
+    slots, fresh, evicted = index.find_or_add(as_keys([3, *range(20, 25)]), 6)
+    assert (slots >= 0).all()
+    assert fresh.tolist() == [False] + [True] * 5
+    assert evicted == 5
+    assert (index.find(as_keys([1, 2, 3])) >= 0).all()
+    assert (index.find(as_keys([4, 5, 6, 7, 8])) == -1).all()
+
+
+def test_missing_is_never_stored() -> None:
+    index = KeyIndex(16)
+    slots, fresh, evicted = index.find_or_add(np.full(3, MISSING), 0)
+    assert (slots.tolist(), fresh.any(), evicted, len(index)) == ([-1] * 3, False, 0, 0)
+    assert index.find(np.full(1, MISSING)).tolist() == [-1]
+
+
+def test_no_keys_at_all_are_fine() -> None:
+    index = KeyIndex(16)
+    slots, fresh, evicted = index.find_or_add(as_keys([]), 0)
+    assert (len(slots), len(fresh), evicted, len(index.find(as_keys([])))) == (0, 0, 0, 0)
+
+
+def test_a_restored_index_goes_on_as_if_it_had_not_stopped() -> None:
+    rng = np.random.default_rng(4)
+    one = KeyIndex(300)
+    for hour in range(5):
+        one.find_or_add(rng.integers(0, 600, 200).astype(np.uint64), hour)
+    other = KeyIndex(300)
+    other.find_or_add(as_keys([77, 78]), 99)
+    other.load(one.arrays())
+    for hour in range(5, 9):
+        keys = rng.integers(0, 600, 200).astype(np.uint64)
+        for left, right in zip(one.find_or_add(keys, hour), other.find_or_add(keys, hour), strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_an_index_of_another_capacity_is_refused_with_the_capacity() -> None:
+    index = KeyIndex(300)
+    index.find_or_add(as_keys(list(range(1, 100))), 0)
+    with pytest.raises(SpecMismatch, match="capacity 400"):
+        KeyIndex(400).load(index.arrays())
+
+
+def test_a_key_over_several_features_is_missing_where_one_of_them_is() -> None:
+    ids = {"a": as_keys([1, 2, 0, 4]), "b": as_keys([5, 0, 7, 8]), "c": as_keys([9, 9, 9, 0])}
+    nothing = np.zeros(4, np.float32)
+    examples = Examples(
+        single_ids=ids, list_ids={}, numeric_NR=np.empty((0, 4), np.float32), labels_R=nothing, weights_R=nothing,
+        user_R=ids["a"], item_R=ids["b"], hour_R=np.zeros(4, np.int64),
+    )  # fmt: skip
+    pair = combine_hashes(ids["a"], ids["b"])
+    np.testing.assert_array_equal(keys_over(examples, ["a"]), ids["a"])
+    np.testing.assert_array_equal(keys_over(examples, ["a", "b"]), [pair[0], 0, 0, pair[3]])
+    np.testing.assert_array_equal(keys_over(examples, ["a", "b", "c"]), [combine_hashes(pair, ids["c"])[0], 0, 0, 0])
+    assert ids["a"].tolist() == [1, 2, 0, 4]
+
+
+def test_changes_count_each_key_once() -> None:
+    keys = as_keys([5, 5, 6, 0, 7])
+    changes = KeyChanges.of(keys, np.array([1, 1, 2, -1, -1]), np.array([True, True, False, False, False]), 1)
+    assert changes == KeyChanges(new_keys=1, evicted_keys=1, refused_rows=1)
+    assert changes.plus(changes) == KeyChanges(new_keys=2, evicted_keys=2, refused_rows=2)
