@@ -11,8 +11,9 @@ number of trials, chosen by log loss on an early part of the stream.
     python benchmarks/progressive.py brunch --only reproduce
     pip install -r requirements/peers.txt
 
-Rows a second are those of learning alone, on one thread. What is not in it: reading, hashing, counters, and bringing rows into
-the form that a system takes; for Vowpal Wabbit that form is text, and parsing it counts.
+Rows a second are those of learning alone, by the CPU time of all threads, so that other work on the machine does not count.
+What is not in it: reading, hashing, counters, and bringing rows into the form that a system takes; for Vowpal Wabbit that form
+is text, and parsing it counts.
 """
 
 import argparse
@@ -20,10 +21,9 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ from data_schemas.examples import F32
 
 SMALLEST = 1e-6
 """Probabilities are cut to [1e-6, 1 - 1e-6] before they are judged."""
+NO_WORK = 1e8
+"""Rows a second above which learning is no work, so that a figure says nothing."""
+MOST_CROSSES_SHOWN = 5
 OTHERS = ("constant", "popularity", "sgd", "river", "vw", "vw-crosses", "vw-ftrl", "vw-history", "lightgbm")
 NAMES = ("ours", "frozen", *OTHERS, "reproduce")
 
@@ -105,11 +108,11 @@ class Judge:
             if hour.start >= self.first_judged:
                 judged.append((hour, system.predict(prepared)))
             if not _is_frozen(contender, hour, hours[0]):
-                started = time.perf_counter()
+                started = time.process_time()
                 system.learn(prepared)
-                seconds += time.perf_counter() - started
+                seconds += time.process_time() - started
                 learned += hour.num_rows
-        return score(judged, learned / seconds)
+        return score(judged, learned / max(seconds, 1e-9))
 
 
 def score(judged: Sequence[tuple[Hour, F32]], rows_per_second: float) -> Score:
@@ -142,7 +145,7 @@ def _command_line() -> argparse.Namespace:
 def _chosen(spec: DatasetSpec, options: argparse.Namespace) -> list[Contender]:
     """The contenders that were asked for, in the order of `NAMES`."""
     everyone = [
-        *ours.contenders(options.set),
+        *ours.contenders([*([f"dataset={options.spec}"] if options.spec else []), *options.set]),
         *counting.contenders(spec),
         *sgd.contenders(spec),
         *river_logistic.contenders(spec),
@@ -155,6 +158,8 @@ def _chosen(spec: DatasetSpec, options: argparse.Namespace) -> list[Contender]:
         if options.dataset != "brunch":
             raise SystemExit("reproduce is for brunch: the known figures are of that week")
         chosen += reproduced.contenders()
+    if not chosen:
+        raise SystemExit(f"{' '.join(wanted)}: nothing to run; vw-history needs a data set that declares [history]")
     return chosen
 
 
@@ -250,7 +255,7 @@ def _with_interval(line: Line, figure: str) -> str:
 
 def _rate(line: Line) -> str:
     rate = line.mean("rows_per_second")
-    return "" if math.isnan(rate) else f"{rate:,.0f}"
+    return f"{rate:,.0f}" if rate < NO_WORK else "-"
 
 
 def _figures(line: Line) -> str:
@@ -261,19 +266,17 @@ def _figures(line: Line) -> str:
     )
 
 
-def _describe(settings: Mapping[str, Any]) -> str:
-    """Such as `-l 0.5, crosses user_id x item_id`; values of None stand for the project's own."""
+def _describe(settings: Settings) -> str:
+    """Such as `-l 0.5, crosses: user_id x item_id`."""
     words = []
     for name, value in settings.items():
-        if name == "crosses":
-            words.append(
-                f"crosses: {', '.join(' x '.join(cross) for cross in value) or 'none'}"
-                if len(value) < 6
-                else f"{len(value)} crosses"
-            )
-        elif value is not None:
-            words.append(f"{name.removeprefix('training.')} {value}")
-    return ", ".join(words) or "as they come"
+        if name != "crosses":
+            words.append(f"{name} {value}")
+        elif len(value) > MOST_CROSSES_SHOWN:
+            words.append(f"{len(value)} crosses")
+        else:
+            words.append(f"crosses: {', '.join(' x '.join(cross) for cross in value) or 'none'}")
+    return ", ".join(words) or "nothing to set"
 
 
 def _is_frozen(contender: Contender, hour: Hour, first: Hour) -> bool:

@@ -71,6 +71,7 @@ class LabelColumn(_Declared):
     """What counts as a click."""
 
     column: str
+    """Name in the file."""
     positive_from: float = 1.0
     """A value of at least this is a click, a smaller one is none: 1 for 0/1 labels, 4 for ratings of 1 to 5."""
 
@@ -79,6 +80,7 @@ class FileDialect(_Declared):
     """How a delimited text file is written."""
 
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    """Between the values of a row."""
     columns: tuple[str, ...] = ()
     """Names of the columns where the file has no header line."""
 
@@ -87,9 +89,11 @@ class Categorical(_Declared):
     """One id, or a list of ids, looked up in an embedding table of its own."""
 
     name: Name
+    """Name in the click log and in requests to the published model."""
     column: str = ""
     """Name in the file, where it differs from `name`."""
     type: Literal["integer", "string"] = "string"
+    """`integer`: whole numbers that fit into 64 bits; `string`: any text of up to 1024 bytes."""
     many: bool = False
     """True: each row has a list of ids, whose embeddings are averaged."""
     separator: Annotated[str, Field(min_length=1, max_length=1)] = "|"
@@ -97,7 +101,16 @@ class Categorical(_Declared):
     max_length: Annotated[int, Field(ge=1, le=1000)] = 100
     """A list longer than this rejects its row."""
     capacity: Annotated[int, Field(ge=2, le=2**40)] = 2**20
-    """Rows of the table. Ids are hashed into them."""
+    """Rows of the table."""
+    ids: Literal["hashed", "admitted"] = "hashed"
+    """`hashed`: every id has the row that its hash says, and may share it with others. `admitted`: an id gets a row of its
+    own once it was seen `admit_after` times; until then it uses a row that all such ids share. Needs a `capacity` of 4 to
+    2^30, of which one row is shared and one is that of a missing id."""
+    admit_after: Annotated[int, Field(ge=1, le=1_000_000)] = 2
+    """With `ids = "admitted"`: sightings that earn an id its row."""
+    evict_after_hours: Annotated[int, Field(ge=1)] | None = None
+    """With `ids = "admitted"`: an id that was not seen for so long gives its row back. Without it, and in a full table, the
+    least recently seen id gives way to a new one."""
     embedding_dim: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 16
     """Length of an id's embedding; a multiple of 4, as the fused kernels need."""
     from_time: Literal["hour_of_day", "hour_of_week"] | None = None
@@ -114,15 +127,29 @@ class Categorical(_Declared):
             raise ValueError(f"{self.name!r} is derived from the time: leave out 'many' and 'column'")
         return self
 
+    @model_validator(mode="after")
+    def _admission_is_asked_for(self) -> Self:
+        if self.ids == "admitted":
+            if self.from_time:
+                raise ValueError(f"{self.name!r} is derived from the time, where every value has its row: leave out 'ids'")
+            if not 4 <= self.capacity <= 2**30:
+                raise ValueError(f"ids = 'admitted' needs a 'capacity' of 4 to 2^30, {self.name!r} has {self.capacity}")
+        elif self.admit_after != 2 or self.evict_after_hours is not None:
+            raise ValueError(f"'admit_after' and 'evict_after_hours' of {self.name!r} need ids = 'admitted'")
+        return self
+
 
 class Numeric(_Declared):
     """One number, normalised by its running mean and variance; a missing value has a flag of its own."""
 
     name: Name
+    """Name in the click log and in requests to the published model."""
     column: str = ""
+    """Name in the file, where it differs from `name`."""
     lower: float = float("-inf")
+    """A value below it rejects its row."""
     upper: float = float("inf")
-    """A value outside [lower, upper] rejects its row."""
+    """A value above it rejects its row."""
     transform: Literal["none", "log1p"] = "none"
     """`log1p` is sign(x) * log(1 + |x|), for counts and prices."""
 
@@ -192,12 +219,14 @@ class DatasetSpec(_Declared):
     """Everything tidemark knows about a click log before it reads the first row."""
 
     name: Name
+    """Of the data set; the registered model is called `NAME-MODEL`."""
     description: str = ""
+    """For readers."""
     time: TimeColumn
     label: LabelColumn | None = None
     """None: the log holds clicks only."""
     user: Name | None = None
-    """Name of the feature that identifies the user; None: no figures by user."""
+    """Name of the feature that identifies the user; left out: no figures by user."""
     item: Name | None = None
     """Name of the feature that identifies the item."""
     event_key: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -318,7 +347,12 @@ def load_spec(name_or_path: str | Path) -> DatasetSpec:
     path = _find(name_or_path)
     try:
         declared = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SpecError(
+            f"cannot read the data set file {path}: {reason}; the shipped ones are in {DATASETS_FOLDER.name}/"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not valid TOML: {error}") from error
     try:
         return DatasetSpec.model_validate(_as_tuples(declared))
@@ -334,8 +368,6 @@ def known_datasets() -> list[str]:
 def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.suffix == ".toml":
-        if not path.is_file():
-            raise SpecError(f"no data set file at {path}; write one (the shipped ones are in {DATASETS_FOLDER.name}/)")
         return path
     shipped = DATASETS_FOLDER / f"{name_or_path}.toml"
     if str(name_or_path) not in known_datasets():

@@ -28,6 +28,9 @@ class Architecture:
     """Length to which embeddings are projected before they interact."""
     cross_layers: int
     cross_rank: int
+    gated: bool = False
+    """DeepFM: each embedding has a learned scale in the factorisation machine. A model that got new embeddings after it was
+    trained has it, so that they start from zero there."""
 
 
 class DenseNet(nn.Module):
@@ -111,7 +114,13 @@ def _head(architecture: Architecture, dims: Sequence[int], num_dense: int) -> nn
         case "dlrm":
             return DlrmHead(dims=dims, num_dense=num_dense, common_dim=architecture.common_dim, hidden=hidden)
         case "deepfm":
-            return DeepFmHead(dims=dims, num_dense=num_dense, common_dim=architecture.common_dim, hidden=hidden)
+            return DeepFmHead(
+                dims=dims,
+                num_dense=num_dense,
+                common_dim=architecture.common_dim,
+                hidden=hidden,
+                gated=architecture.gated,
+            )
         case "dcnv2":
             return DcnHead(
                 dims=dims,

@@ -18,14 +18,20 @@ class DeepFmHead(nn.Module):
     4, the coordinates stay apart.
     """
 
-    def __init__(self, *, dims: Sequence[int], num_dense: int, common_dim: int, hidden: Sequence[int]) -> None:
+    def __init__(
+        self, *, dims: Sequence[int], num_dense: int, common_dim: int, hidden: Sequence[int], gated: bool = False
+    ) -> None:
+        """Args other than sizes: `gated` gives each embedding a learned scale in the machine, 1 at first."""
         super().__init__()
+        self.gate_F = nn.Parameter(torch.ones(len(dims))) if gated else None
         self.common = CommonLength(dims, common_dim)
         self.deep = feed_forward([sum(dims) + num_dense, *hidden, 1])
 
     def forward(self, deep_BS: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
         """Logits `[B]`."""
         embedded_BFD: torch.Tensor = self.common(deep_BS)
+        if self.gate_F is not None:
+            embedded_BFD = embedded_BFD * self.gate_F[:, None]
         sum_BD = embedded_BFD.sum(dim=1)
         pairs_B = 0.5 * (sum_BD.square() - embedded_BFD.square().sum(dim=1)).sum(dim=1)
         deep_B1: torch.Tensor = self.deep(torch.cat([deep_BS, dense_BN], dim=1))

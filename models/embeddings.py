@@ -6,10 +6,11 @@ Letters: B rows of the batch, W wide weights, S the sum of the embedding lengths
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torchrec.distributed.types import ShardedTensor
@@ -20,6 +21,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import CorruptCheckpoint
+from data_schemas.examples import I64
 from models.tables import Table, TableLayout
 
 SparseOptimizer = Literal["adagrad", "rowwise_adagrad"]
@@ -69,6 +71,7 @@ class EmbeddingTables(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
+        self.device = device
         by_row = sparse_optimizer == "rowwise_adagrad"
         self.deep = FusedEmbeddingBagCollection(
             [_config(table, "deep", table.dim, INITIAL_BOUND) for table in layout.deep],
@@ -100,6 +103,46 @@ class EmbeddingTables(nn.Module):
                 group["lr"] = rate
             optimizer.step()
 
+    @torch.no_grad()
+    def start_rows(
+        self,
+        rows_by_feature: Mapping[str, I64],
+        *,
+        like: int,
+        add_up: Callable[[torch.Tensor], None] = lambda tensor: None,
+    ) -> None:
+        """Makes rows copies of another row, embedding and wide weight, and forgets what their optimizer knew of them.
+
+        Args:
+            rows_by_feature: rows of each feature's tables that have a new owner.
+            like: the row that they start as.
+            add_up: sums a tensor over all processes, in place; each process calls it in the same order.
+        """
+        pieces = list(self.slices())
+        for part, table in [("deep", table) for table in self.layout.deep] + [("wide", table) for table in self.layout.wide]:
+            if table.name not in rows_by_feature:
+                continue
+            weights = [piece for piece in pieces if piece.name == f"{part}.{table.name}.weight"]
+            start_D = torch.zeros(table.dim, device=self.device)
+            for piece in weights:
+                if 0 <= like - piece.row < len(piece.tensor):
+                    start_D[piece.column : piece.column + piece.tensor.shape[1]] = piece.tensor[like - piece.row]
+            add_up(start_D)
+            for piece in weights:
+                columns = slice(piece.column, piece.column + piece.tensor.shape[1])
+                piece.tensor[_own_rows(piece, rows_by_feature[table.name])] = start_D[columns]
+            for piece in (piece for piece in pieces if piece.name == f"{part}.{table.name}.accumulator"):
+                piece.tensor[_own_rows(piece, rows_by_feature[table.name])] = 0.0
+
+    @torch.no_grad()
+    def decay_accumulators(self, factor: float) -> None:
+        """Multiplies every sum of squared gradients by `factor`, so that old gradients slow new ones down less."""
+        if factor == 1.0:
+            return
+        for piece in self.slices():
+            if piece.name.endswith(".accumulator"):
+                piece.tensor.mul_(factor)
+
     def slices(self, *, with_optimizer: bool = True) -> Iterator[TableSlice]:
         """Every rectangle of weights, and of optimizer state if asked for, that this process holds.
 
@@ -113,14 +156,27 @@ class EmbeddingTables(nn.Module):
                     for tensor in state.values():
                         yield from _rectangles(f"{part}.{_table_name(table)}.accumulator", tensor, columns)
 
-    def load_slices(self, saved: Mapping[str, Sequence[TableSlice]], *, with_optimizer: bool = True) -> None:
+    def load_slices(
+        self,
+        saved: Mapping[str, Sequence[TableSlice]],
+        *,
+        with_optimizer: bool = True,
+        new_tables: Collection[str] = (),
+    ) -> None:
         """Fills this process's rectangles from saved ones, however those were cut.
+
+        Args:
+            saved: by name of a table's part.
+            with_optimizer: whether optimizer state is among them.
+            new_tables: `deep.<name>` and `wide.<name>` of tables that stay as they are.
 
         Raises:
             CorruptCheckpoint: a part of a table is not among the saved slices.
         """
         with torch.no_grad():
             for own in self.slices(with_optimizer=with_optimizer):
+                if own.name.rpartition(".")[0] in new_tables:
+                    continue
                 filled = sum(_copy_overlap(piece, own) for piece in saved.get(own.name, ()))
                 if filled != own.tensor.numel():
                     raise CorruptCheckpoint(
@@ -178,6 +234,13 @@ def _copy_overlap(piece: TableSlice, own: TableSlice) -> int:
     inside = source[top - piece.row : bottom - piece.row, left - piece.column : right - piece.column]
     target[top - own.row : bottom - own.row, left - own.column : right - own.column].copy_(inside)
     return inside.numel()
+
+
+def _own_rows(piece: TableSlice, rows: I64) -> torch.Tensor:
+    """Those of a table's rows that lie in the piece, counted from its first."""
+    local = rows - piece.row
+    inside = local[(local >= 0) & (local < len(piece.tensor))]
+    return torch.from_numpy(np.ascontiguousarray(inside)).to(piece.tensor.device)
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,16 @@ class KeyIndex:
         slots = slots[slots >= 0]
         self._used_hour[slots] = np.maximum(self._used_hour[slots], now_hour)
 
+    def unused_since(self, hour: int) -> I64:
+        """Slots whose key was last used before `hour`."""
+        return np.flatnonzero((self._used_hour < hour) & (self._keys != MISSING))
+
+    def remove(self, slots: I64) -> None:
+        """Forget the keys of these slots (-1 for none); the slots are free again."""
+        slots = slots[slots >= 0]
+        self._keys[slots] = MISSING
+        self._used_hour[slots] = FREE
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint keeps, of the slots that hold a key alone: `slots` (ascending), `keys` and `used_hour`."""
         slots = np.flatnonzero(self._keys)

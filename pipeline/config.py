@@ -5,13 +5,21 @@ wins.
 Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
 """
 
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError
@@ -21,7 +29,7 @@ ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class WindowConfig(_Part):
@@ -41,6 +49,7 @@ class ModelConfig(_Part):
     """The network over the embeddings."""
 
     kind: ModelKind = "deepfm"
+    """How embeddings interact: DLRM (Naumov et al. 2019), DCNv2 (Wang et al. 2021) or DeepFM (Guo et al. 2017)."""
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (128, 64)
     """Sizes of the hidden layers of the top network."""
     interaction_dim: Annotated[int, Field(ge=4)] = 16
@@ -63,18 +72,26 @@ class TrainingConfig(_Part):
     precision: Precision = "auto"
     """Arithmetic of the dense network; `auto` measures what this machine is fastest at when the model is first made."""
     dense_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    """Of the dense network."""
     dense_learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    """Of the dense network."""
     sparse_optimizer: Literal["adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
     """Of the embeddings; the wide part always has per-coordinate Adagrad."""
     sparse_learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    """Of the embeddings."""
     wide_learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    """Of the wide part: one weight an id and a cross."""
+    accumulator_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the embeddings' and the wide part's sums of squared gradients at the start of each window, so that a model of
+    many months still learns; 0.5 ** (1 / 24) halves them in 24 windows, 1 keeps them."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of a new model over which the dense rate rises to its value."""
     gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of dense gradients; 0 for none. Needs an optimizer without momentum of its own."""
     weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of dense weights that is evaluated and published; 0 for none."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of everything that is drawn: first weights and the order of rows."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
     """Steps in a row with a non-finite loss that are skipped before the update gives up; nothing is published then."""
 
@@ -110,10 +127,11 @@ class TrackingConfig(_Part):
     """MLflow."""
 
     enabled: bool = True
+    """Off: nothing is sent to MLflow."""
     uri: str = ""
     """Any MLflow tracking URI; empty: a sqlite file in the state folder."""
     experiment: str = ""
-    """Empty: the name of the data set."""
+    """Empty: `tidemark-` and the name of the data set, or of its file without `.toml`."""
     register_model: bool = True
     """Log the model and give it the alias `champion`."""
     keep_models: Annotated[int, Field(ge=1)] = 3
@@ -136,6 +154,7 @@ class UpdateConfig(BaseSettings):
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "hourly"
     """Each model has its own state and its own cursor on the one click log."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 5
+    """The newest that stay on disk; a corrupt one is replaced by the one before."""
     window: WindowConfig = WindowConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -179,16 +198,35 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ConfigError: no such file, not TOML, an unknown setting, or a value out of range.
         SpecError: the data set is unknown, or its declaration is wrong.
     """
-    values = _read_toml(Path(path)) if path else {}
-    given = _nest(overrides)
+    _refuse_unknown_variables()
+    given, from_file = _nest(overrides), _read_toml(Path(path)) if path else {}
     try:
-        dataset = _settings_over(values, {})(**given).dataset
-        return _settings_over(values, load_spec(dataset).settings)(**given)
+        of_dataset = load_spec(_chosen_dataset(given, from_file)).settings
+        return _layered(given, from_file, of_dataset)()
+    except SettingsError as error:
+        raise ConfigError(
+            f"environment: {error}; a list is written as JSON, such as TIDEMARK_MODEL__HIDDEN='[128, 64]'"
+        ) from error
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
 
 
-def _settings_over(from_file: dict[str, Any], of_dataset: dict[str, Any]) -> type[UpdateConfig]:
+def _refuse_unknown_variables() -> None:
+    known = {f"tidemark_{name}" for name in UpdateConfig.model_fields}
+    for name in os.environ:
+        if name.lower().startswith("tidemark_") and name.lower().split("__")[0] not in known:
+            raise ConfigError(f"the environment variable {name} names no setting; known are {', '.join(sorted(known)).upper()}")
+
+
+def _chosen_dataset(given: dict[str, Any], from_file: dict[str, Any]) -> str:
+    layers = (given, EnvSettingsSource(UpdateConfig)(), from_file)
+    chosen = next((layer["dataset"] for layer in layers if "dataset" in layer), UpdateConfig.model_fields["dataset"].default)
+    if not isinstance(chosen, str):
+        raise ConfigError(f"dataset: must be the name of a shipped data set or the path of a TOML file, got {chosen!r}")
+    return chosen
+
+
+def _layered(given: dict[str, Any], from_file: dict[str, Any], of_dataset: dict[str, Any]) -> type[UpdateConfig]:
     class Layered(UpdateConfig):
         @classmethod
         def settings_customise_sources(
@@ -199,8 +237,8 @@ def _settings_over(from_file: dict[str, Any], of_dataset: dict[str, Any]) -> typ
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            file, dataset = (InitSettingsSource(settings_cls, values) for values in (from_file, of_dataset))
-            return init_settings, env_settings, file, dataset
+            command_line, file, dataset = (InitSettingsSource(settings_cls, v) for v in (given, from_file, of_dataset))
+            return command_line, env_settings, file, dataset
 
     return Layered
 
@@ -210,7 +248,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -224,15 +262,21 @@ def _nest(overrides: Sequence[str]) -> dict[str, Any]:
         level = nested
         for parent in parents:
             level = level.setdefault(parent, {})
+            if not isinstance(level, dict):
+                raise ConfigError(
+                    f"{override!r} contradicts an override before it, which gives {parent} one value; keep one of them"
+                )
         level[last] = _parse(text.strip())
     return nested
 
 
 def _parse(text: str) -> Any:
+    """A TOML value; any other text is itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _explain(problem: Any) -> str:

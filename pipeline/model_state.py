@@ -7,7 +7,7 @@ ended, or a new one.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -15,11 +15,22 @@ import torch
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint, SpecMismatch
+from data_schemas.examples import Examples
 from models.ctr import Architecture, CtrModel, build_model
-from models.memory import Memory
+from models.id_table import SHARED_ROW, IdFigures, IdTables
+from models.memory import Memory, column_names
 from models.tables import table_layout
+from models.widening import (
+    Labelled,
+    additions,
+    labelled_parameters,
+    new_tables,
+    place_by_name,
+    refuse_first_dense_columns,
+    widen,
+)
 from pipeline.config import ModelConfig, UpdateConfig
-from pipeline.data.encode import num_dense_columns
+from pipeline.data.encode import EncodedWindow, dense_columns, look_up_again, num_dense_columns
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
 from pipeline.publishing.checkpoint import (
@@ -30,9 +41,11 @@ from pipeline.publishing.checkpoint import (
     load_dense,
     load_memory,
     load_tables,
+    next_version,
     pack_pending,
     read_manifest,
     save_checkpoint,
+    set_aside,
     versions,
 )
 from pipeline.training.learn import Learned
@@ -42,6 +55,9 @@ from pipeline.training.processes import Processes, shard_tables
 from pipeline.training.smoothing import MovingAverage
 
 log = logging.getLogger(__name__)
+
+GATE = "head.gate_F"
+"""Name of the dense weight that only a DeepFM has which got new embeddings after it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +69,8 @@ class ModelState:
     """Of the dense columns; None before the first window."""
     memory: Memory
     """Counters and histories of every row consumed."""
+    ids: IdTables
+    """Ids that have a row of their own, where a feature asks for admission."""
     cursor: Cursor
     version: int
     """Of the checkpoint that it was restored from; 0 for a new model."""
@@ -73,8 +91,10 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
         try:
             manifest = read_manifest(config.model_dir, version)
             _check_fit(manifest, config, spec)
-            return replace(_restore(manifest, config, spec, processes), notes=tuple(notes))
+            state = _restore(manifest, config, spec, processes)
+            return replace(state, notes=(*notes, *state.notes))
         except CorruptCheckpoint as error:
+            set_aside(config.model_dir, version)
             notes.append(f"{error}; went back to the checkpoint before")
             log.warning("%s; going back to the checkpoint before", error)
     if notes:
@@ -96,7 +116,7 @@ def save(
 ) -> ModelState:
     """Publishes the state after a window as the next version; the state as saved."""
     learner = state.learner
-    version = max([state.version, *versions(config.model_dir)]) + 1
+    version = max(state.version + 1, next_version(config.model_dir))
     cursor = window.cursor_after(learned.unreached_R)
     pending, bitmaps = pack_pending(cursor)
     manifest = Manifest(
@@ -104,11 +124,13 @@ def save(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         dataset=spec.name,
         spec_fingerprint=spec.fingerprint(),
+        spec=spec,
         model_fingerprint=model_fingerprint(config),
         precision=learner.precision,
         steps=learner.steps,
         average_steps={name: average.steps for name, average in _averages(learner).items()},
         loss_scale=learner.scaler.state_dict(),
+        log_id=cursor.log_id,
         log_version=cursor.log_version,
         window_start=window.start,
         window_end=window.end,
@@ -123,12 +145,37 @@ def save(
         manifest,
         dense=_dense_tensors(learner),
         tables=learner.model.tables,
-        memory=state.memory.arrays(),
+        memory=state.memory.arrays() | state.ids.arrays(),
         pending=bitmaps,
         keep=config.keep_checkpoints,
         processes=learner.processes,
     )
     return replace(state, cursor=cursor, version=version)
+
+
+def admit_ids(
+    state: ModelState, examples: Examples, window: EncodedWindow, spec: DatasetSpec, *, hour: int
+) -> tuple[EncodedWindow, dict[str, IdFigures]]:
+    """Counts a window's ids before it is learned; those seen often enough get rows that start as the shared row does.
+
+    Args:
+        state: changed in place.
+        examples: all rows of the window.
+        window: the same, as they were predicted.
+        spec: of the model.
+        hour: the start of the window, in hours since 1970.
+
+    Returns:
+        The window with the rows that its ids have now, and what happened, by feature with admitted ids.
+    """
+    admissions = state.ids.admit(examples, hour)
+    if not admissions:
+        return window, {}
+    learner = state.learner
+    fresh = {name: admission.fresh_rows for name, admission in admissions.items()}
+    learner.model.tables.start_rows(fresh, like=SHARED_ROW, add_up=learner.processes.add_up)
+    figures = {name: admission.figures for name, admission in admissions.items()}
+    return look_up_again(window, examples, spec, state.ids), figures
 
 
 def model_fingerprint(config: UpdateConfig) -> str:
@@ -146,14 +193,15 @@ def model_fingerprint(config: UpdateConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def architecture(config: ModelConfig) -> Architecture:
-    """The head's sizes as the settings have them."""
+def architecture(config: ModelConfig, *, gated: bool = False) -> Architecture:
+    """The head's sizes as the settings have them; `gated` where `GATE` is among the dense weights."""
     return Architecture(
         kind=config.kind,
         hidden=config.hidden,
         common_dim=config.interaction_dim,
         cross_layers=config.cross_layers,
         cross_rank=config.cross_rank,
+        gated=gated,
     )
 
 
@@ -163,17 +211,19 @@ def default_device() -> torch.device:
 
 
 def _candidates(config: UpdateConfig) -> list[int]:
-    """Versions to try, the current one first, then the older ones."""
-    current = current_version(config.model_dir)
-    return [] if current is None else [version for version in reversed(versions(config.model_dir)) if version <= current]
+    """Versions to try: the one that CURRENT names, there or not, then the older ones; all there are without CURRENT."""
+    current, newest_first = current_version(config.model_dir), versions(config.model_dir)[::-1]
+    return newest_first if current is None else [current, *(version for version in newest_first if version < current)]
 
 
 def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> None:
     way_out = "start a new model under another model_name, or go back to the settings it was trained with"
-    if manifest.spec_fingerprint != spec.fingerprint():
+    grows = manifest.spec is not None and additions(manifest.spec, spec) is not None
+    if manifest.spec_fingerprint != spec.fingerprint() and not grows:
         raise SpecMismatch(
             f"model {config.model_name!r} in {config.model_dir} was trained on spec {manifest.dataset!r} "
-            f"({manifest.spec_fingerprint}), not on {spec.name!r} ({spec.fingerprint()}): its features differ; {way_out}"
+            f"({manifest.spec_fingerprint}), not on {spec.name!r} ({spec.fingerprint()}): its features differ by more than "
+            f"added ones; {way_out}"
         )
     if manifest.model_fingerprint != model_fingerprint(config):
         raise SpecMismatch(
@@ -182,9 +232,11 @@ def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> N
         )
 
 
-def _model(config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device) -> CtrModel:
+def _model(
+    config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device, *, gated: bool = False
+) -> CtrModel:
     model = build_model(
-        architecture(config.model),
+        architecture(config.model, gated=gated),
         table_layout(spec),
         num_dense=num_dense_columns(spec),
         sparse_optimizer=config.training.sparse_optimizer,
@@ -210,22 +262,94 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         device=device,
     )
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
-    return ModelState(learner=learner, moments=None, memory=Memory(spec), cursor=Cursor(), version=0)
+    return ModelState(learner=learner, moments=None, memory=Memory(spec), ids=IdTables(spec), cursor=Cursor(), version=0)
 
 
 def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     device = default_device()
-    model = _model(config, spec, processes, device)
+    trained_on = manifest.spec or spec
+    dense = load_dense(config.model_dir, manifest)
+    before, after = table_layout(trained_on), table_layout(spec)
+    gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.deep_keys != after.deep_keys)
+    model = _model(config, spec, processes, device, gated=gated)
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
-    load_tables(config.model_dir, manifest, model.tables)
-    _load_dense_tensors(learner, manifest, load_dense(config.model_dir, manifest))
-    moments = manifest.moments.running() if manifest.moments else None
+    load_tables(config.model_dir, manifest, model.tables, new_tables=new_tables(before, after))
+    if trained_on.fingerprint() != spec.fingerprint():
+        dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))
+    _load_dense_tensors(learner, manifest, dense)
+    moments = _widened_moments(manifest.moments.running(), trained_on, spec) if manifest.moments else None
     cursor = load_cursor(config.model_dir, manifest)
-    memory = Memory(spec)
-    memory.load(load_memory(config.model_dir, manifest))
-    return ModelState(learner=learner, moments=moments, memory=memory, cursor=cursor, version=manifest.version)
+    memory, ids, kept = Memory(spec), IdTables(spec), load_memory(config.model_dir, manifest)
+    memory.load(kept)
+    ids.load(kept)
+    return ModelState(
+        learner=learner,
+        moments=moments,
+        memory=memory,
+        ids=ids,
+        cursor=cursor,
+        version=manifest.version,
+        notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),
+    )
+
+
+def _widened(
+    dense: Mapping[str, torch.Tensor],
+    learner: Learner,
+    manifest: Manifest,
+    old: DatasetSpec,
+    new: DatasetSpec,
+    shape: Architecture,
+) -> dict[str, torch.Tensor]:
+    """The saved dense tensors as a model with more inputs has them; all that is new has weight zero."""
+    refuse_first_dense_columns(shape, num_dense_columns(old), num_dense_columns(new))
+    dense = dict(dense)
+    before, after = (labelled_parameters(shape, table_layout(spec), dense_columns(spec)) for spec in (old, new))
+    names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
+    if shape.gated and GATE not in names:
+        dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).deep_keys)), learner, manifest)
+    widened = {"random.torch": dense["random.torch"]}
+    for kind in ("weight", *_averages(learner)):
+        widened |= _widened_kind(f"{kind}.", "", dense, before, after)
+    for key in {key.rpartition(".")[2] for key in dense if key.startswith("optimizer.")}:
+        widened |= _widened_kind("optimizer.", f".{key}", dense, before, after)
+    for name, parameter in learner.parameters.items():
+        if f"weight.{name}" not in widened:
+            widened |= _new_parameter(name, parameter.detach().clone(), learner, manifest)
+    return widened
+
+
+def _widened_kind(
+    prefix: str, suffix: str, dense: Mapping[str, torch.Tensor], before: Sequence[Labelled], after: Sequence[Labelled]
+) -> dict[str, torch.Tensor]:
+    chosen = {
+        key.removeprefix(prefix).removesuffix(suffix): tensor
+        for key, tensor in dense.items()
+        if key.startswith(prefix) and key.endswith(suffix)
+    }
+    return {f"{prefix}{name}{suffix}": tensor for name, tensor in widen(chosen, before, after).items()}
+
+
+def _new_parameter(name: str, weight: torch.Tensor, learner: Learner, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """A parameter that was not trained yet: its averages are as if it had always been so."""
+    tensors = {f"weight.{name}": weight}
+    if learner.gradient_average is not None:
+        tensors[f"gradient_average.{name}"] = torch.zeros_like(weight)
+    if learner.weight_average is not None:
+        correction = 1 - learner.weight_average.decay ** manifest.average_steps["weight_average"]
+        tensors[f"weight_average.{name}"] = weight * correction
+    return tensors
+
+
+def _widened_moments(moments: RunningMoments, old: DatasetSpec, new: DatasetSpec) -> RunningMoments:
+    """Those of more columns, of which nothing was seen where they are new."""
+    names = [[*(number.name for number in spec.numeric), *column_names(spec)] for spec in (old, new)]
+    places, widened = place_by_name(*names), RunningMoments.nothing_seen(len(names[1]))
+    for column in ("count_N", "mean_N", "deviations_N"):
+        getattr(widened, column)[places] = getattr(moments, column)
+    return widened
 
 
 def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
 """What an update leaves behind: the figures that MLflow, Prefect, the terminal and the history show."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from models.id_table import IdFigures
 from pipeline.evaluation.metrics import Metrics
 
 Outcome = Literal["published", "empty"]
@@ -77,6 +78,8 @@ class UpdateReport:
     git_commit: str
     notes: tuple[str, ...]
     """Everything that was dropped, capped or skipped, in words."""
+    ids: Mapping[str, IdFigures] = field(default_factory=dict)
+    """By feature with `ids = "admitted"`."""
 
     @property
     def total_seconds(self) -> float:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -23,6 +23,8 @@ from filelock import FileLock, Timeout
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import UpdateInProgress
 from data_schemas.examples import F32, I64, Examples
+from models.id_table import IdFigures
+from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.encode import EncodedWindow, encode, num_normalised
 from pipeline.data.lake import ClickLog
@@ -31,9 +33,9 @@ from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Window, as_time, next_window, read_window
 from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
 from pipeline.evaluation.score import probabilities
-from pipeline.model_state import ModelState, restore_or_create, save
+from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
-from pipeline.publishing.predictor import export_predictor, load_predictor
+from pipeline.publishing.predictor import export_predictor, load_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.budget import Clock, Deadline, reserve_seconds
@@ -71,24 +73,24 @@ def run_update(
     The model before stays current until the new one is written whole, and the rows stay waiting until then.
 
     Raises:
-        TidemarkError: what went wrong and the way out; nothing was published.
+        TidemarkError: what went wrong and the way out; the model before still serves.
     """
     spec = load_spec(config.dataset)
     stages = _Stages(stage, clock)
     with _alone(config.model_dir):
         history = read_history(config.model_dir)
-        click_log = ClickLog.open_or_create(config.log_path, spec)
         state = stages.run("restore", lambda: restore_or_create(config, spec))
-        window = next_window(click_log, state.cursor, config.window, now or datetime.now(UTC))
+        click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now or datetime.now(UTC)))
         if window is None:
             return None
         deadline = _deadline(config, stages, history)
         rows = stages.run("load", lambda: _load(click_log, window, state, spec))
-        before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, deadline))
-        learned = stages.run("learn", lambda: _learn(state, rows, config, deadline, progress))
+        before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, spec, deadline))
+        rows, learned = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
         saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, config, spec))
-        report = _report(config, spec, window, saved, learned, _Scores(before, after, frozen), stages.seconds)
+        report = _report(config, spec, window, saved, rows, learned, _Scores(before, after, frozen), stages.seconds)
+        append_history(config.model_dir, report)
         note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
         report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
         append_history(config.model_dir, report)
@@ -103,10 +105,15 @@ class _Rows:
     examples: Examples
     encoded: EncodedWindow
     evaluated: I64
-    """Row indices in a random order, so that any prefix is a uniform sample."""
+    """Rows that are new to the model, in a random order, so that any prefix is a uniform sample of them.
+
+    Rows that an earlier window did not reach are left out: counters know what happened around them by now.
+    """
     seed: tuple[int, ...]
     sample: pd.DataFrame
     """The first rows as they stand in the click log."""
+    ids: Mapping[str, IdFigures] = field(default_factory=dict)
+    """What the window did to admitted ids, once it was counted."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +158,21 @@ def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, obj
     return Deadline(started=stages.started, budget_seconds=budget.seconds, reserve_seconds=reserve, clock=stages.clock)
 
 
+def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
+    click_log = ClickLog.open_or_create(config.log_path, spec)
+    return click_log, next_window(click_log, state.cursor, config.window, now)
+
+
 def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec) -> _Rows:
     """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
     table = read_window(click_log, window, columns_to_read(spec))
     examples = to_examples(table, spec)
     seed = (state.learner.config.seed, window.end)
-    order = np.random.default_rng([*seed, 1]).permutation(examples.num_rows)
+    new = np.flatnonzero(examples.hour_R >= window.start)
     return _Rows(
         examples=examples,
-        encoded=encode(examples, spec, state.memory, state.moments, hour=window.start),
-        evaluated=order,
+        encoded=encode(examples, spec, state.memory, state.moments, hour=window.start, ids=state.ids),
+        evaluated=np.random.default_rng([*seed, 1]).permutation(new),
         seed=seed,
         sample=_raw_sample(table),
     )
@@ -169,27 +181,34 @@ def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetS
 def _raw_sample(table: pa.Table) -> pd.DataFrame:
     """A few rows as a caller of the published model would send them."""
     columns = [name for name in table.column_names if name != "label"]
-    frame: pd.DataFrame = table.slice(0, SAMPLE_ROWS).select(columns).to_pandas()
+    frame: pd.DataFrame = table.slice(0, SAMPLE_ROWS).select(columns).to_pandas(integer_object_nulls=True)
     frame["event_time"] = frame["event_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")
     return frame.astype({name: "object" for name in columns if isinstance(frame[name].dtype, pd.CategoricalDtype)})
 
 
 def _evaluate_all(
-    state: ModelState, rows: _Rows, config: UpdateConfig, deadline: Deadline
+    state: ModelState, rows: _Rows, config: UpdateConfig, spec: DatasetSpec, deadline: Deadline
 ) -> tuple[_Score | None, _Score | None]:
     before = _evaluate(state, rows, config, deadline) if state.version > 0 else None
     folder = _frozen_folder(config)
-    if before is None or not folder.is_dir():
+    if before is None or not folder.is_dir() or deadline.learning_seconds_left() <= 0:
         return before, None
     frozen = load_predictor(folder)
-    chosen = rows.evaluated[: config.evaluation.max_rows]
-    return before, _measure(rows, chosen, frozen.predict_examples(rows.examples.take(chosen)))
+    chosen = rows.evaluated[: before.metrics.rows]
+    examples = _columns_of(frozen.spec, rows.examples.take(chosen), spec)
+    return before, _measure(rows, chosen, frozen.predict_examples(examples))
+
+
+def _columns_of(old: DatasetSpec, examples: Examples, spec: DatasetSpec) -> Examples:
+    """The examples as a model of an older spec, which may have fewer numbers, takes them."""
+    numbers = [number.name for number in spec.numeric]
+    return replace(examples, numeric_NR=examples.numeric_NR[[numbers.index(number.name) for number in old.numeric]])
 
 
 def _evaluate(state: ModelState, rows: _Rows, config: UpdateConfig, deadline: Deadline) -> _Score | None:
     learner = state.learner
     chosen = rows.evaluated[: config.evaluation.max_rows]
-    stop_at = deadline.seconds_used() + EVALUATION_SHARE * deadline.budget_seconds
+    stop_at = min(deadline.seconds_used() + EVALUATION_SHARE * deadline.budget_seconds, deadline.budget_seconds)
     scored = probabilities(
         learner.model,
         learner.dense_weights(averaged=True),
@@ -209,10 +228,21 @@ def _measure(rows: _Rows, chosen: I64, scored: F32) -> _Score | None:
     return _Score(measure(labels, scored, users, weights), calibration_bins(labels, scored, weights))
 
 
-def _learn(state: ModelState, rows: _Rows, config: UpdateConfig, deadline: Deadline, progress: Progress) -> Learned:
-    training = config.training
+def _learn(
+    state: ModelState,
+    rows: _Rows,
+    window: Window,
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    deadline: Deadline,
+    progress: Progress,
+) -> tuple[_Rows, Learned]:
+    """What was done, and the rows as they were learned: new ids may have rows of their own now."""
+    encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start)
+    rows, training = replace(rows, encoded=encoded, ids=ids), config.training
     policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
-    return learn(state.learner, rows.encoded, seed=rows.seed, policy=policy, deadline=deadline, progress=progress)
+    learned = learn(state.learner, rows.encoded, seed=rows.seed, policy=policy, deadline=deadline, progress=progress)
+    return rows, learned
 
 
 def _checkpoint(
@@ -222,7 +252,8 @@ def _checkpoint(
     reached = np.flatnonzero(~learned.unreached_R)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
-    state.memory.add(rows.examples.take(reached), window.start)
+    remembered = state.memory.add(rows.examples.take(reached), window.start)
+    state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
     saved = save(state, window, learned, config, spec, seed=rows.seed)
     folder = _frozen_folder(config)
     frozen_after = config.evaluation.frozen_after_updates
@@ -232,6 +263,15 @@ def _checkpoint(
         export_predictor(saved, spec, config.model, staged)
         staged.rename(folder)
     return saved
+
+
+def _memory_notes(remembered: MemoryReport) -> Iterator[str]:
+    if remembered.evicted_keys:
+        yield f"{remembered.evicted_keys:,} keys of counters or histories gave way to new ones; raise their capacity"
+    if remembered.refused_rows:
+        yield f"{remembered.refused_rows:,} rows found no room in a counter or history; raise its capacity"
+    if remembered.capped_history_events:
+        yield f"{remembered.capped_history_events:,} clicks of users with very many were left out of their histories"
 
 
 def _publish(
@@ -247,19 +287,20 @@ def _publish(
 
     if not config.tracking.enabled:
         return ()
-    learner = saved.learner
-    shown = np.arange(len(rows.sample))
-    encoded = encode(rows.examples.take(shown), spec, saved.memory, saved.moments, hour=int(rows.examples.hour_R[shown].max()))
-    weights = learner.dense_weights(averaged=True)
-    return publish_update(
-        config,
-        spec,
-        saved,
-        report,
-        example=rows.sample,
-        example_probabilities=probabilities(learner.model, weights, encoded, device=learner.device),
-        bins=before.bins if before else (),
-    )
+    examples = rows.examples.take(np.arange(len(rows.sample)))
+    try:
+        return publish_update(
+            config,
+            spec,
+            saved,
+            report,
+            example=rows.sample,
+            example_probabilities=predictor_of(saved, spec).predict_examples(examples),
+            bins=before.bins if before else (),
+        )
+    except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
+        log.warning("publishing failed", exc_info=True)
+        return (f"publishing failed ({type(error).__name__}: {error}); the checkpoint serves, MLflow shows the update before",)
 
 
 def _report(
@@ -267,6 +308,7 @@ def _report(
     spec: DatasetSpec,
     window: Window,
     saved: ModelState,
+    rows: _Rows,
     learned: Learned,
     scores: _Scores,
     seconds: dict[str, float],
@@ -298,6 +340,7 @@ def _report(
         skipped_steps=learned.skipped_steps,
         git_commit=_git_commit(),
         notes=(*saved.notes, *_notes(window, learned, measured)),
+        ids=rows.ids,
     )
 
 
@@ -306,10 +349,13 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None) -> Iterat
     unreached = int(learned.unreached_R.sum())
     if unreached:
         yield f"out of time: {unreached:,} of {window.num_rows:,} rows wait for the next update"
+    capped = sum(piece.num_rows for piece in window.left if piece.file.hour < window.end)
+    if capped:
+        yield f"{capped:,} rows over window.max_rows wait for the next update"
     if window.late_rows:
         yield f"{window.late_rows:,} rows came late, for hours before this window"
     if learned.skipped_steps:
-        yield f"{learned.skipped_steps} steps were skipped because their loss was not finite"
+        yield f"{learned.skipped_steps} steps over {learned.skipped_rows:,} rows were skipped, their loss was not finite"
     if measured and measured.rows < window.num_rows:
         yield f"evaluated on a random {measured.rows:,} of {window.num_rows:,} rows"
     if measured and measured.auc is None:

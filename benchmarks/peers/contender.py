@@ -29,7 +29,7 @@ class Hour:
     examples: Examples
     """Ids by feature, hashed."""
     encoded: EncodedWindow
-    """Our own encoding. `dense_RN` holds the normalised numbers and counters, the same columns for all."""
+    """Our own encoding, which holds the numbers and counters, the same columns for all."""
     histories: Histories | None = None
     """What the rows' users clicked before, where the data set declares a history."""
     true_probability_R: F32 | None = None
@@ -39,6 +39,16 @@ class Hour:
     def num_rows(self) -> int:
         """R."""
         return self.examples.num_rows
+
+    def dense_columns(self, scale: str) -> F32:
+        """Numbers and counters by row: `normalised` with flags for what is missing, or `raw` logarithms with 0 for it."""
+        match scale:
+            case "normalised":
+                return self.encoded.dense_RN
+            case "raw":
+                return np.nan_to_num(self.encoded.raw_dense_NR.T, nan=0.0)
+            case unknown:
+                raise ValueError(f"scale must be normalised or raw, got {unknown!r}")
 
 
 class System(Protocol):

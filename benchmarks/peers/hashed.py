@@ -8,11 +8,17 @@ from scipy import sparse
 from data_schemas.dataset import DatasetSpec
 from data_schemas.hashing import combine_hashes, mix64, rows_of
 from peers.contender import Hour
+from pipeline.data.encode import num_dense_columns
 
 WIDTH = 2**22
 """Columns that ids and crosses are hashed into; dense columns follow."""
 
 Cross = tuple[str, ...]
+
+
+def scale_choices(spec: DatasetSpec) -> list[str]:
+    """Scales of the dense columns to choose from; one where there are none."""
+    return ["raw", "normalised"] if num_dense_columns(spec) else ["raw"]
 
 
 def cross_choices(spec: DatasetSpec) -> list[list[Cross]]:
@@ -34,8 +40,8 @@ _KNOWN_GOOD: dict[str, list[Cross]] = {
 """Found best for Vowpal Wabbit by `benchmarks/oracle.py`."""
 
 
-def one_hot(hour: Hour, crosses: Sequence[Cross]) -> sparse.csr_matrix:
-    """`[R, WIDTH + N]`: 1 for each id, id of a list, and cross of single ids; then the dense columns."""
+def one_hot(hour: Hour, crosses: Sequence[Cross], scale: str) -> sparse.csr_matrix:
+    """`[R, WIDTH + N]`: 1 for each id, id of a list, and cross of single ids; then the dense columns on `scale`."""
     ids = dict(hour.examples.single_ids)
     for cross in crosses:
         if all(name in ids for name in cross):
@@ -52,7 +58,7 @@ def one_hot(hour: Hour, crosses: Sequence[Cross]) -> sparse.csr_matrix:
     for name, lists in hour.examples.list_ids.items():
         columns_V = _columns(name, lists.values_V)
         hashed = hashed + sparse.csr_matrix((np.ones(len(columns_V), np.float32), columns_V, lists.offsets), shape=shape)
-    return sparse.hstack([hashed, sparse.csr_matrix(hour.encoded.dense_RN)], format="csr")
+    return sparse.hstack([hashed, sparse.csr_matrix(hour.dense_columns(scale))], format="csr")
 
 
 def _columns(name: str, ids: np.ndarray) -> np.ndarray:

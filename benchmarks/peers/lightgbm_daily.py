@@ -9,6 +9,7 @@ import numpy as np
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32
 from peers.contender import Contender, Hour, Settings
+from pipeline.data.encode import num_dense_columns
 
 EVERY_HOURS, TRAILING_HOURS = 6, 24
 MOST_CATEGORIES = 250
@@ -22,7 +23,7 @@ def contenders(spec: DatasetSpec) -> list[Contender]:
         "learning_rate": (0.1, 0.05),
         "num_leaves": (31, 63, 127),
         "min_child_samples": (20, 200),
-        "ids": (True, False),
+        "ids": (True, False) if num_dense_columns(spec) else (True,),
     }
     return [Contender(name="lightgbm", build=_build, grid=grid, package="lightgbm")]
 
@@ -67,18 +68,26 @@ class LightGbm:
         labels_R = np.concatenate([hour.examples.labels_R for hour in self._day])
         categorical = list(range(features.shape[1] - len(self._known), features.shape[1]))
         data = lightgbm.Dataset(features, labels_R, categorical_feature=categorical, free_raw_data=True)
-        parameters = {"objective": "binary", "verbose": -1, "num_threads": 1, "seed": 0, **self._parameters}
+        parameters = {
+            "objective": "binary",
+            "verbose": -1,
+            "feature_pre_filter": False,
+            "num_threads": 1,
+            "seed": 0,
+            **self._parameters,
+        }
         self._model = lightgbm.train(parameters, data, num_boost_round=parameters.pop("n_estimators"))
 
     def _matrix(self, hour: Hour) -> F32:
-        """Dense columns, then the place of each id among the frequent ones."""
+        """Dense columns, then the place of each id among the frequent ones; a column of zeros where there is neither."""
         places = []
         for name, known in self._known.items():
             ids = hour.examples.single_ids[name]
             place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
             places.append(np.where(known[place] == ids, place, np.nan).astype(np.float32))
         columns = [hour.encoded.dense_RN, *(place[:, None] for place in places)]
-        return np.concatenate(columns, axis=1)
+        matrix = np.concatenate(columns, axis=1)
+        return matrix if matrix.shape[1] else np.zeros((hour.num_rows, 1), np.float32)
 
 
 def _most_frequent(parts: Sequence[np.ndarray]) -> np.ndarray:

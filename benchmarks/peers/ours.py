@@ -16,20 +16,22 @@ from pipeline.training.learn import learn
 
 
 def contenders(overrides: Sequence[str]) -> list[Contender]:
-    """Ours, and ours frozen after 24 hours, which still gets counters of later hours.
+    """Ours, and ours frozen after 24 hours, which still gets counters of later hours; searched are factors of the rates that
+    the data set's TOML has.
 
     Args:
-        overrides: settings such as `model.kind="dcnv2"` for every trial.
+        overrides: settings such as `model.kind=dcnv2` for every trial.
     """
     grid: dict[str, Sequence[Any]] = {
-        "training.dense_learning_rate": (None, 0.001, 0.003),
-        "training.sparse_learning_rate": (None, 0.05, 0.2),
-        "training.wide_learning_rate": (None, 0.05, 0.2),
-        "training.weight_ema": (None, 0.99),
+        "times_dense_learning_rate": (1, 3, 0.5),
+        "times_sparse_learning_rate": (1, 2, 0.5),
+        "times_wide_learning_rate": (1, 2, 0.5),
     }
 
     def build(spec: DatasetSpec, settings: Settings, seed: int) -> "Tidemark":
-        chosen = [f"{name}={value}" for name, value in settings.items() if value is not None]
+        own = load_config(None, [f"dataset={spec.name}", *overrides]).training
+        rates = {times.removeprefix("times_"): factor for times, factor in settings.items()}
+        chosen = [f"training.{name}={getattr(own, name) * factor}" for name, factor in rates.items()]
         return Tidemark(spec, [*overrides, *chosen, f"training.seed={seed}"])
 
     return [

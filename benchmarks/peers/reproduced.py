@@ -1,7 +1,7 @@
 """The brunch figures of Vowpal Wabbit that were known before this benchmark, run through its loop.
 
-`-b 24 -q ui -q ua --ftrl`, without counters, and with log counts of the item's clicks of 24 hours and of the user's clicks on
-the author, as known before the hour.
+`-b 24 -q ui -q ua --ftrl`: without counters at `--ftrl_alpha 1.0`; and at the default alpha with log counts of the item's
+clicks of 24 hours and of the user's clicks on the author, as known before the hour.
 """
 
 from collections import deque
@@ -25,9 +25,14 @@ def contenders() -> list[Contender]:
     """Both, with the settings that the known figures have: there is nothing to search."""
     plain, counted = KNOWN
     return [
-        Contender(name=plain, build=lambda spec, settings, seed: _Known(spec, counters=False), grid={}, package="vowpalwabbit"),
         Contender(
-            name=counted, build=lambda spec, settings, seed: _Known(spec, counters=True), grid={}, package="vowpalwabbit"
+            name=plain,
+            build=lambda spec, settings, seed: _Known(spec, "--ftrl_alpha 1.0", counters=False),
+            grid={},
+            package="vowpalwabbit",
+        ),
+        Contender(
+            name=counted, build=lambda spec, settings, seed: _Known(spec, "", counters=True), grid={}, package="vowpalwabbit"
         ),
     ]
 
@@ -35,8 +40,8 @@ def contenders() -> list[Contender]:
 class _Known:
     """Vowpal Wabbit on ids alone, or with two counters of its own."""
 
-    def __init__(self, spec: DatasetSpec, *, counters: bool) -> None:
-        self._inner = VowpalWabbit(spec, "--ftrl", CROSSES)
+    def __init__(self, spec: DatasetSpec, arguments: str, *, counters: bool) -> None:
+        self._inner = VowpalWabbit(spec, f"--ftrl {arguments}", CROSSES)
         self._counters = counters
         self._items: deque[pd.Series] = deque(maxlen=24)
         self._popular = pd.Series(dtype=float)

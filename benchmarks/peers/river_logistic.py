@@ -10,7 +10,7 @@ import numpy as np
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32
 from peers.contender import Contender, Hour, Settings
-from peers.hashed import Cross, cross_choices, one_hot
+from peers.hashed import Cross, cross_choices, one_hot, scale_choices
 
 
 def contenders(spec: DatasetSpec) -> list[Contender]:
@@ -18,6 +18,7 @@ def contenders(spec: DatasetSpec) -> list[Contender]:
     grid: dict[str, Sequence[Any]] = {
         "optimizer": ("AdaGrad", "SGD", "FTRLProximal"),
         "rate": (0.1, 0.05, 0.2, 0.02),
+        "columns": scale_choices(spec),
         "crosses": ((), *cross_choices(spec)),
     }
     return [Contender(name="river", build=_build, grid=grid, package="river")]
@@ -34,12 +35,12 @@ class Rows:
 class RiverLogistic:
     """`LogisticRegression` of river."""
 
-    def __init__(self, optimizer: str, rate: float, crosses: Sequence[Cross]) -> None:
+    def __init__(self, optimizer: str, rate: float, crosses: Sequence[Cross], scale: str) -> None:
         from river import linear_model, optim
 
         match optimizer:
             case "AdaGrad":
-                chosen = optim.AdaGrad(rate)
+                chosen: optim.base.Optimizer = optim.AdaGrad(rate)
             case "SGD":
                 chosen = optim.SGD(rate)
             case "FTRLProximal":
@@ -47,11 +48,11 @@ class RiverLogistic:
             case unknown:
                 raise ValueError(f"optimizer must be AdaGrad, SGD or FTRLProximal, got {unknown!r}")
         self._model = linear_model.LogisticRegression(optimizer=chosen, intercept_lr=0.01)
-        self._crosses = crosses
+        self._crosses, self._scale = crosses, scale
 
     def prepare(self, hour: Hour) -> Rows:
         """Hashed one-hot rows as dictionaries."""
-        matrix = one_hot(hour, self._crosses)
+        matrix = one_hot(hour, self._crosses, self._scale)
         columns, values = matrix.indices.tolist(), matrix.data.tolist()
         spans = itertools.pairwise(matrix.indptr.tolist())
         features = [dict(zip(columns[start:end], values[start:end], strict=True)) for start, end in spans]
@@ -70,4 +71,4 @@ class RiverLogistic:
 
 
 def _build(spec: DatasetSpec, settings: Settings, seed: int) -> RiverLogistic:
-    return RiverLogistic(settings["optimizer"], settings["rate"], settings["crosses"])
+    return RiverLogistic(settings["optimizer"], settings["rate"], settings["crosses"], settings["columns"])

@@ -11,14 +11,15 @@ from sklearn.linear_model import SGDClassifier
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32
 from peers.contender import Contender, Hour, Settings
-from peers.hashed import Cross, cross_choices, one_hot
+from peers.hashed import Cross, cross_choices, one_hot, scale_choices
 
 
 def contenders(spec: DatasetSpec) -> list[Contender]:
     """One contender; rate, penalty and crosses are searched."""
     grid: dict[str, Sequence[Any]] = {
         "eta0": (0.01, 0.003, 0.03, 0.1),
-        "alpha": (1e-6, 1e-5, 1e-7),
+        "alpha": (1e-6, 1e-5),
+        "columns": scale_choices(spec)[::-1],
         "crosses": ((), *cross_choices(spec)),
     }
     return [Contender(name="sgd", build=_build, grid=grid, random=True)]
@@ -35,14 +36,14 @@ class Rows:
 class SgdClassifier:
     """Logistic loss, a constant rate: the stream drifts."""
 
-    def __init__(self, eta0: float, alpha: float, crosses: Sequence[Cross], seed: int) -> None:
+    def __init__(self, eta0: float, alpha: float, crosses: Sequence[Cross], scale: str, seed: int) -> None:
         self._model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=eta0, alpha=alpha, random_state=seed)
-        self._crosses = crosses
+        self._crosses, self._scale = crosses, scale
         self._fitted = False
 
     def prepare(self, hour: Hour) -> Rows:
         """Hashed one-hot rows."""
-        return Rows(features=one_hot(hour, self._crosses).astype(np.float64), labels_R=hour.examples.labels_R)
+        return Rows(features=one_hot(hour, self._crosses, self._scale).astype(np.float64), labels_R=hour.examples.labels_R)
 
     def predict(self, rows: Rows) -> F32:
         """One half before anything was learned."""
@@ -57,4 +58,4 @@ class SgdClassifier:
 
 
 def _build(spec: DatasetSpec, settings: Settings, seed: int) -> SgdClassifier:
-    return SgdClassifier(settings["eta0"], settings["alpha"], settings["crosses"], seed)
+    return SgdClassifier(settings["eta0"], settings["alpha"], settings["crosses"], settings["columns"], seed)

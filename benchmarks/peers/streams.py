@@ -27,6 +27,8 @@ from pipeline.data.synthetic import SyntheticConfig, SyntheticStream
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 AMEXPERT_WINDOW_HOURS = 6
+SYNTHETIC_HOURS = (24, 120)
+"""About 200,000 and 1 M rows."""
 FAR_FUTURE = datetime(2100, 1, 1, tzinfo=UTC)
 
 
@@ -66,9 +68,9 @@ def load_streams(dataset: str, *, data: Path | None, spec_path: str | None, hour
             pieces = _amexpert(folder, spec, hours)
             yield _stream("amexpert", spec, pieces, span_hours=AMEXPERT_WINDOW_HOURS, warmup_hours=24, search_hours=72)
         case "synthetic":
-            for length, title in ((24, "synthetic, 200k rows in 24 hours"), (120, "synthetic, 1M rows in 120 hours")):
-                pieces = _synthetic(spec, min(length, hours or length))
-                yield _stream(title, spec, pieces, warmup_hours=1, search_hours=length // 2)
+            for length in sorted({min(length, hours or length) for length in SYNTHETIC_HOURS}):
+                title = f"synthetic, {length} hours"
+                yield _stream(title, spec, _synthetic(spec, length), warmup_hours=1, search_hours=max(length // 2, 2))
         case unknown:
             raise SystemExit(f"DATASET must be brunch, amexpert or synthetic, got {unknown!r}")
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32, U64, IdLists
 from peers.contender import Contender, Hour, Settings
-from peers.hashed import Cross, cross_choices
+from peers.hashed import Cross, cross_choices, scale_choices
 
 BITS = 24
 DENSE_NAMESPACE = "z"
@@ -25,12 +25,8 @@ DENSE_NAMESPACE = "z"
 def contenders(spec: DatasetSpec) -> list[Contender]:
     """Three ways to run it, four where there are histories."""
     crosses = cross_choices(spec)
-    adaptive: dict[str, Sequence[Any]] = {"-l": (0.5, 0.1, 0.2, 0.05, 1.0), "--power_t": (0.5, 0.3), "--l2": (0, 1e-8)}
-    ftrl: dict[str, Sequence[Any]] = {
-        "--ftrl_alpha": (0.005, 0.05, 0.1, 0.02),
-        "--ftrl_beta": (0.1, 1.0),
-        "--l1": (0, 1e-5),
-    }
+    adaptive: dict[str, Sequence[Any]] = {"-l": (0.5, 0.2, 0.1, 1.0), "--power_t": (0.5, 0.3), "columns": scale_choices(spec)}
+    ftrl: dict[str, Sequence[Any]] = {"--ftrl_alpha": (0.5, 1.0, 0.2), "columns": scale_choices(spec)}
     with_history = ftrl | {"crosses": crosses, "history": (10, 50)}
     remembering = (
         [Contender(name="vw-history", build=_build, grid=with_history, package="vowpalwabbit")] if spec.history else []
@@ -54,11 +50,14 @@ class Lines:
 class VowpalWabbit:
     """A workspace of 2^24 weights."""
 
-    def __init__(self, spec: DatasetSpec, arguments: str, crosses: Sequence[Cross] = (), history: int = 0) -> None:
+    def __init__(
+        self, spec: DatasetSpec, arguments: str, crosses: Sequence[Cross] = (), *, scale: str = "raw", history: int = 0
+    ) -> None:
         """An empty one.
 
         Args:
             crosses: features whose namespaces are crossed.
+            scale: of the dense columns; its own update normalises them, FTRL does not.
             history: how many of the ids that the user clicked last are given.
         """
         from vowpalwabbit import Workspace
@@ -68,7 +67,7 @@ class VowpalWabbit:
         interactions = " ".join(f"--interactions {''.join(self._letters[name] for name in cross)}" for cross in crosses)
         if history and spec.history:
             interactions += "".join(f" --interactions {self._letters[of].upper()}{self._letters[of]}" for of in spec.history.of)
-        self._history = history
+        self._history, self._scale = history, scale
         fixed = f"--loss_function logistic --link logistic -b {BITS} --quiet"
         self._workspace = Workspace(f"{fixed} {interactions} {arguments}")
 
@@ -76,7 +75,7 @@ class VowpalWabbit:
         """Text lines; zeros of the dense columns are left out, which changes nothing."""
         examples = hour.examples
         past = self._past_texts(hour) if self._history else []
-        return self.text_lines(examples.single_ids, examples.list_ids, hour.encoded.dense_RN, examples.labels_R, past)
+        return self.text_lines(examples.single_ids, examples.list_ids, hour.dense_columns(self._scale), examples.labels_R, past)
 
     def text_lines(
         self,
@@ -118,7 +117,9 @@ class VowpalWabbit:
 def _build(spec: DatasetSpec, settings: Settings, seed: int) -> VowpalWabbit:
     ftrl = "--ftrl " if "--ftrl_alpha" in settings else ""
     arguments = " ".join(f"{name} {value}" for name, value in settings.items() if name.startswith("-") and value)
-    return VowpalWabbit(spec, ftrl + arguments, settings.get("crosses", ()), settings.get("history", 0))
+    return VowpalWabbit(
+        spec, ftrl + arguments, settings.get("crosses", ()), scale=settings["columns"], history=settings.get("history", 0)
+    )
 
 
 def _texts(ids: U64) -> pa.Array:

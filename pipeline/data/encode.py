@@ -7,7 +7,7 @@ Letters: R rows of the window, B rows of a batch, K keys with one id a row, N de
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from data_schemas.dataset import Categorical, DatasetSpec
 from data_schemas.examples import F32, I64, U64, Examples, IdLists
 from data_schemas.minibatch import MiniBatch
 from models.histories import Histories
-from models.ids import cross_rows, table_rows
+from models.id_table import SHARED_ROW, IdTables
+from models.ids import cross_rows
 from models.memory import Memory, column_names
 from models.tables import TableLayout, cross_key, history_pools, pool_key, table_layout
 from pipeline.data.normalise import RunningMoments, normalise, transform
@@ -52,6 +53,8 @@ class UserBags:
     """`[R]` position of the row's user in the bags."""
     pools: Mapping[str, Bags]
     """By key: `[U]` bags."""
+    ids: Mapping[str, U64] = field(default_factory=dict)
+    """By key: the ids that `pools` has the rows of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,13 @@ class EncodedWindow:
 
 
 def encode(
-    examples: Examples, spec: DatasetSpec, memory: Memory, moments: RunningMoments | None, *, hour: int
+    examples: Examples,
+    spec: DatasetSpec,
+    memory: Memory,
+    moments: RunningMoments | None,
+    *,
+    hour: int,
+    ids: IdTables | None = None,
 ) -> EncodedWindow:
     """Table rows of all ids, what is remembered of them, and numbers normalised by `moments`.
 
@@ -121,7 +130,11 @@ def encode(
         memory: counters and histories of the rows before; these rows are not in it yet.
         moments: of the dense columns before; None for a first window, which is normalised by itself.
         hour: hours since the epoch at which the rows are predicted; what is remembered has decayed until then.
+        ids: the ids that have a row of their own; needed where a feature has `ids = "admitted"`.
     """
+    if ids is None:
+        assert all(feature.ids == "hashed" for feature in spec.categorical), "features with admitted ids need their tables"
+        ids = IdTables(spec)
     single = [feature for feature in spec.categorical if not feature.many]
     many = [feature for feature in spec.categorical if feature.many]
     raw_dense_NR = np.concatenate([transform(spec.numeric, examples.numeric_NR), memory.columns(examples, hour)])
@@ -130,9 +143,9 @@ def encode(
     return EncodedWindow(
         layout=table_layout(spec),
         single_keys=(*(feature.name for feature in single), *(cross_key(cross) for cross in spec.crosses)),
-        single_RK=_single_rows(single, spec, examples),
-        bags={f.name: _mean_bags(table_rows(f, lists.values_V), lists) for f in many for lists in [examples.list_ids[f.name]]},
-        histories=_user_bags(memory.histories(examples), spec, hour),
+        single_RK=_single_rows(single, spec, examples, ids),
+        bags={f.name: _mean_bags(ids.rows(f, lists.values_V), lists) for f in many for lists in [examples.list_ids[f.name]]},
+        histories=_user_bags(memory.histories(examples), spec, ids, hour),
         raw_dense_NR=raw_dense_NR,
         dense_RN=normalise(raw_dense_NR, moments, num_flags=len(spec.numeric)),
         moments=moments,
@@ -142,9 +155,34 @@ def encode(
     )
 
 
+def look_up_again(window: EncodedWindow, examples: Examples, spec: DatasetSpec, ids: IdTables) -> EncodedWindow:
+    """The same rows, with the rows that ids have now that they were admitted.
+
+    Args:
+        window: encoded before the window's own ids were admitted, which takes no row from any of them.
+        examples: that it was encoded from.
+    """
+    single_RK, bags = window.single_RK.copy(), dict(window.bags)
+    for feature in (feature for feature in spec.categorical if feature.name in ids.features):
+        if feature.many:
+            rows_V = bags[feature.name].rows_V.copy()
+            _give_new_rows(rows_V, examples.list_ids[feature.name].values_V, feature, ids)
+            bags[feature.name] = replace(bags[feature.name], rows_V=rows_V)
+        else:
+            rows_R = single_RK[:, window.single_keys.index(feature.name)]
+            _give_new_rows(rows_R, examples.single_ids[feature.name], feature, ids)
+    return replace(window, single_RK=single_RK, bags=bags, histories=_pools_again(window.histories, spec, ids))
+
+
+def dense_columns(spec: DatasetSpec) -> list[str]:
+    """Names of the columns of `dense_BN`: numbers, what is remembered, and a missing flag for each number."""
+    numbers = [number.name for number in spec.numeric]
+    return [*numbers, *column_names(spec), *(f"missing({name})" for name in numbers)]
+
+
 def num_dense_columns(spec: DatasetSpec) -> int:
     """Width of `dense_BN`: numbers, columns of counters, and a missing flag for each number."""
-    return 2 * len(spec.numeric) + len(column_names(spec))
+    return len(dense_columns(spec))
 
 
 def num_normalised(spec: DatasetSpec) -> int:
@@ -161,7 +199,9 @@ class _Segment:
     lengths: npt.NDArray[np.int32]
 
 
-def _single_rows(single: Sequence[Categorical], spec: DatasetSpec, examples: Examples) -> npt.NDArray[np.int32 | np.int64]:
+def _single_rows(
+    single: Sequence[Categorical], spec: DatasetSpec, examples: Examples, tables: IdTables
+) -> npt.NDArray[np.int32 | np.int64]:
     """Table rows of features and crosses, `[R, K]`."""
     capacities = [feature.capacity for feature in single] + [spec.cross_capacity for _ in spec.crosses]
     rows_RK = np.empty((examples.num_rows, len(capacities)), np.int32 if max(capacities) <= 2**31 else np.int64)
@@ -170,7 +210,7 @@ def _single_rows(single: Sequence[Categorical], spec: DatasetSpec, examples: Exa
         block = slice(start, start + BLOCK_ROWS)
         ids = {name: column[block] for name, column in examples.single_ids.items()}
         for position, feature in enumerate(single):
-            rows_RK[block, position] = table_rows(feature, ids[feature.name])
+            rows_RK[block, position] = tables.rows(feature, ids[feature.name])
         for position, cross in enumerate(spec.crosses, start=len(single)):
             rows_RK[block, position] = cross_rows([ids[name] for name in cross], spec.cross_capacity)
 
@@ -186,7 +226,7 @@ def _mean_bags(rows_V: I64, lists: IdLists) -> Bags:
     return Bags(rows_V=rows_V, weights_V=weights_V, offsets=lists.offsets)
 
 
-def _user_bags(histories: Histories | None, spec: DatasetSpec, hour: int) -> UserBags | None:
+def _user_bags(histories: Histories | None, spec: DatasetSpec, ids: IdTables, hour: int) -> UserBags | None:
     """Weighted bags of what each user clicked, the weights of a bag summing to 1."""
     if histories is None:
         return None
@@ -195,9 +235,28 @@ def _user_bags(histories: Histories | None, spec: DatasetSpec, hour: int) -> Use
     for of, half_life in history_pools(spec):
         lists = histories.lists[of]
         weights_V = _decayed_weights(lists, hour - histories.hour_V, half_life)
-        rows_V = table_rows(by_name[of], lists.values_V)
+        rows_V = ids.rows(by_name[of], lists.values_V)
         pools[pool_key(of, half_life)] = Bags(rows_V=rows_V, weights_V=weights_V, offsets=lists.offsets)
-    return UserBags(user_R=histories.position_R, pools=pools)
+    raw = {pool_key(of, half_life): histories.lists[of].values_V for of, half_life in history_pools(spec)}
+    return UserBags(user_R=histories.position_R, pools=pools, ids=raw)
+
+
+def _pools_again(histories: UserBags | None, spec: DatasetSpec, ids: IdTables) -> UserBags | None:
+    """Histories after admission: what was clicked may have lost its row as well."""
+    if histories is None:
+        return None
+    by_name, pools = {feature.name: feature for feature in spec.categorical}, dict(histories.pools)
+    for of, half_life in history_pools(spec):
+        key = pool_key(of, half_life)
+        if of in ids.features:
+            pools[key] = replace(pools[key], rows_V=ids.rows(by_name[of], histories.ids[key]))
+    return replace(histories, pools=pools)
+
+
+def _give_new_rows(rows: npt.NDArray[np.int32 | np.int64], raw: U64, feature: Categorical, ids: IdTables) -> None:
+    """Puts rows after admission in place; only ids that had none of their own can have another."""
+    shared = np.flatnonzero(rows == SHARED_ROW)
+    rows[shared] = ids.rows(feature, raw[shared])
 
 
 def _decayed_weights(lists: IdLists, age_hours_V: I64, half_life: float) -> F32:

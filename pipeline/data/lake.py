@@ -112,6 +112,11 @@ class _DeltaLog:
         return self._root
 
     @property
+    def table_id(self) -> str:
+        """Identity of the table: a log that was deleted and made anew has another."""
+        return str(self._table.metadata().id)
+
+    @property
     def version(self) -> int:
         """Version that this object sees; `refresh` moves it."""
         return int(self._table.version())
@@ -209,9 +214,20 @@ class ClickLog(_DeltaLog):
             ) from error
 
     def added_between(self, old: int | None, new: int) -> list[LogFile]:
-        """Files active at version `new` that were not at `old`; all of them, where `old` is None."""
+        """Files active at version `new` that were not at `old`; all of them, where `old` is None.
+
+        Raises:
+            DataError: files of version `old` have been rewritten since, so that what is new in them cannot be told.
+        """
         known = set() if old is None else {file.path for file in self.files(old)}
-        return [file for file in self.files(new) if file.path not in known]
+        active = self.files(new)
+        if rewritten := known - {file.path for file in active}:
+            raise DataError(
+                f"{len(rewritten)} files of the click log's version {old} were rewritten or removed by version {new} "
+                f"({min(rewritten)} is one): which rows are new cannot be told. Restore version {old} with DeltaTable.restore, "
+                "or start a new model under another model_name"
+            )
+        return [file for file in active if file.path not in known]
 
     def append(
         self, files: Sequence[LogFile], app_id: str, metadata: Mapping[str, Any] | None = None, rows_read: int = 0
@@ -284,7 +300,7 @@ class ClickLog(_DeltaLog):
                 raise
             raise DataError(
                 f"the click log's file {path} cannot be read: {_first_line(error)}. Restore it from a backup, or "
-                "delete the log and let the landing files arrive again"
+                "start a new click log and a new model in another state_dir from the landing files"
             ) from error
         table = pa.concat_tables(read) if read else self._empty(columns)
         return table.select(columns).slice(wanted.start - skipped, wanted.num_rows)

@@ -46,6 +46,8 @@ class Piece:
 class Cursor:
     """What a model has consumed of its click log."""
 
+    log_id: str = ""
+    """Identity of the click log; empty: nothing yet."""
     log_version: int | None = None
     """Version of the Delta table; None: nothing yet."""
     window_end: int | None = None
@@ -61,10 +63,11 @@ class Window:
     start: int
     end: int
     """Hours since the epoch, half-open."""
+    log_id: str
     log_version: int
     pieces: tuple[Piece, ...]
     late_rows: int
-    """Rows whose hour lies before `start`."""
+    """New rows whose hour lies before `start`; rows that an earlier window did not reach are not among them."""
     left: tuple[Piece, ...]
     """Rows waiting in the click log for a later window."""
 
@@ -76,15 +79,20 @@ class Window:
     def cursor_after(self, unreached: Mask | None = None) -> Cursor:
         """The cursor once this window was learned, but for the rows in `unreached` `[num_rows]`."""
         rest = () if unreached is None or not unreached.any() else tuple(_unreached(self.pieces, unreached))
-        return Cursor(log_version=self.log_version, window_end=self.end, pending=(*rest, *self.left))
+        pending = (*rest, *self.left)
+        return Cursor(log_id=self.log_id, log_version=self.log_version, window_end=self.end, pending=pending)
 
 
 def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: datetime) -> Window | None:
     """The earliest closed window with rows that the model has not consumed; None if there is none.
 
     Hours without rows are passed over. Rows that came late for an hour already learned join the next window.
+
+    Raises:
+        CheckpointError: the click log is not the one that the cursor speaks of.
     """
     version = log.version
+    _check_same_log(log, cursor)
     waiting = sorted(
         [
             *_still_there(log, cursor, version),
@@ -104,9 +112,10 @@ def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: dateti
     return Window(
         start=start,
         end=end,
+        log_id=log.table_id,
         log_version=version,
         pieces=tuple(taken),
-        late_rows=0 if cursor.window_end is None else sum(p.num_rows for p in taken if p.file.hour < start),
+        late_rows=_late_rows(taken, cursor, start),
         left=(*left, *(piece for piece in waiting if piece.file.hour >= end)),
     )
 
@@ -127,6 +136,22 @@ def as_time(hours_since_epoch: int) -> datetime:
     '1970-01-02T00:00:00+00:00'
     """
     return EPOCH + timedelta(hours=hours_since_epoch)
+
+
+def _check_same_log(log: ClickLog, cursor: Cursor) -> None:
+    if cursor.log_id not in ("", log.table_id) or (cursor.log_version or 0) > log.version:
+        raise CheckpointError(
+            f"the model has consumed version {cursor.log_version} of click log {cursor.log_id}, but the click log there is "
+            f"{log.table_id} at version {log.version}: it was replaced or restored. Bring the old one back, or start a new "
+            "model under another model_name"
+        )
+
+
+def _late_rows(taken: Iterable[Piece], cursor: Cursor, start: int) -> int:
+    if cursor.window_end is None:
+        return 0
+    waited = {piece.file.path for piece in cursor.pending}
+    return sum(piece.num_rows for piece in taken if piece.file.hour < start and piece.file.path not in waited)
 
 
 def _aligned_end(hour: int, config: WindowConfig) -> int:

@@ -13,8 +13,9 @@ or the new one. Nothing here is a pickle.
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint
 from models.embeddings import EmbeddingTables, TableSlice
 from pipeline.data.lake import LogFile
@@ -41,7 +43,7 @@ Content = Literal["dense", "tables", "memory", "pending"]
 
 
 class _Saved(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Part(_Saved):
@@ -93,6 +95,8 @@ class Manifest(_Saved):
     created: str
     dataset: str
     spec_fingerprint: str
+    spec: DatasetSpec | None = None
+    """That the model was trained on, so that one with more features can go on from it."""
     model_fingerprint: str
     """Changes with everything that changes the shape of a weight or of an optimizer's state."""
     precision: Literal["fp32", "bf16", "fp16"]
@@ -101,6 +105,7 @@ class Manifest(_Saved):
     """Observations in each moving average."""
     loss_scale: Mapping[str, float] = {}
     """State of the gradient scaler; only with fp16."""
+    log_id: str
     log_version: int | None
     window_start: int
     window_end: int
@@ -160,7 +165,15 @@ def save_checkpoint(
 
 def versions(model_dir: Path) -> list[int]:
     """Versions on disk, oldest first, broken ones included."""
-    return sorted(int(path.name[1:]) for path in (model_dir / "checkpoints").glob("v[0-9]*") if not path.name.endswith(".tmp"))
+    names = (path.name for path in (model_dir / "checkpoints").glob("v*"))
+    return sorted(int(name[1:]) for name in names if re.fullmatch(r"v\d{6,}", name))
+
+
+def next_version(model_dir: Path) -> int:
+    """A number that no version had, not even one that was set aside."""
+    names = (path.name for path in (model_dir / "checkpoints").glob("v*"))
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"v(\d{6,})(\.corrupt)?", name))]
+    return max(numbers, default=0) + 1
 
 
 def current_version(model_dir: Path) -> int | None:
@@ -181,6 +194,13 @@ def point_to(model_dir: Path, version: int) -> None:
     write_durably(temporary, f"{_name(version)}\n".encode())
     temporary.replace(pointer)
     _sync_folder(model_dir)
+
+
+def set_aside(model_dir: Path, version: int) -> None:
+    """Gives a corrupt version another name, so that it neither serves nor counts among those that are kept."""
+    folder = model_dir / "checkpoints" / _name(version)
+    if folder.is_dir():
+        folder.rename(folder.with_name(f"{folder.name}.corrupt"))
 
 
 def read_manifest(model_dir: Path, version: int) -> Manifest:
@@ -217,15 +237,22 @@ def load_memory(model_dir: Path, manifest: Manifest) -> dict[str, npt.NDArray[An
     return arrays
 
 
-def load_tables(model_dir: Path, manifest: Manifest, tables: EmbeddingTables, *, with_optimizer: bool = True) -> None:
-    """Fills `tables`, which may be cut otherwise than the saved ones."""
+def load_tables(
+    model_dir: Path,
+    manifest: Manifest,
+    tables: EmbeddingTables,
+    *,
+    with_optimizer: bool = True,
+    new_tables: Collection[str] = (),
+) -> None:
+    """Fills `tables`, which may be cut otherwise than the saved ones; `new_tables` stay as they are."""
     saved: dict[str, list[TableSlice]] = {}
     for path in _files(model_dir, manifest, "tables"):
         for key, tensor in load_file(path).items():
             name, _, place = key.partition("@")
             row, column = (int(offset) for offset in place.split(","))
             saved.setdefault(name, []).append(TableSlice(name=name, row=row, column=column, tensor=tensor))
-    tables.load_slices(saved, with_optimizer=with_optimizer)
+    tables.load_slices(saved, with_optimizer=with_optimizer, new_tables=new_tables)
 
 
 def pack_pending(cursor: Cursor) -> tuple[tuple[PendingRows, ...], dict[str, torch.Tensor]]:
@@ -251,7 +278,9 @@ def load_cursor(model_dir: Path, manifest: Manifest) -> Cursor:
         file = LogFile(path=rows.path, hour=rows.hour, num_rows=rows.num_rows)
         mask = np.unpackbits(bitmaps[rows.bitmap].numpy(), count=rows.num_rows).astype(bool) if rows.bitmap else None
         pieces.append(Piece(file=file, mask=mask))
-    return Cursor(log_version=manifest.log_version, window_end=manifest.window_end, pending=tuple(pieces))
+    return Cursor(
+        log_id=manifest.log_id, log_version=manifest.log_version, window_end=manifest.window_end, pending=tuple(pieces)
+    )
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -4,7 +4,9 @@
         /weights.safetensors   tables and dense weights (averaged, where an average is kept)
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,12 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from data_schemas.dataset import DatasetSpec
+from data_schemas.dataset import Categorical, DatasetSpec
 from data_schemas.errors import DataError
 from data_schemas.examples import F32, Examples
 from models.ctr import CtrModel, build_model
 from models.embeddings import TableSlice
+from models.id_table import IdTables
 from models.memory import Memory
 from models.tables import table_layout
 from pipeline.config import ModelConfig
@@ -28,7 +31,7 @@ from pipeline.data.encode import encode, num_dense_columns
 from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
 from pipeline.evaluation.score import probabilities
-from pipeline.model_state import ModelState, architecture, default_device
+from pipeline.model_state import GATE, ModelState, architecture, default_device
 from pipeline.publishing.checkpoint import Moments
 
 DESCRIPTION = "predictor.json"
@@ -54,12 +57,14 @@ class Predictor:
         spec: DatasetSpec,
         moments: RunningMoments,
         memory: Memory,
+        ids: IdTables,
     ) -> None:
         self.model = model
         self.dense_weights = dense_weights
         self.spec = spec
         self.moments = moments
         self.memory = memory
+        self.ids = ids
 
     def predict(self, frame: pd.DataFrame) -> F32:
         """Probability of a click for each row.
@@ -74,11 +79,14 @@ class Predictor:
         return self.predict_examples(to_examples(_as_click_log(frame, self.spec), self.spec))
 
     def predict_examples(self, examples: Examples) -> F32:
-        """The same for rows of the click log; what is remembered has decayed until their last hour."""
-        hour = int(examples.hour_R.max(initial=0))
-        window = encode(examples, self.spec, self.memory, self.moments, hour=hour)
+        """The same for rows of the click log; what is remembered has decayed until each row's own hour."""
         device = next(self.model.net.parameters()).device
-        return probabilities(self.model, self.dense_weights, window, device=device)
+        scored_R = np.empty(examples.num_rows, np.float32)
+        for hour in np.unique(examples.hour_R):
+            rows = np.flatnonzero(examples.hour_R == hour)
+            window = encode(examples.take(rows), self.spec, self.memory, self.moments, hour=int(hour), ids=self.ids)
+            scored_R[rows] = probabilities(self.model, self.dense_weights, window, device=device)
+        return scored_R
 
 
 def export_predictor(state: ModelState, spec: DatasetSpec, model: ModelConfig, folder: Path) -> None:
@@ -92,7 +100,15 @@ def export_predictor(state: ModelState, spec: DatasetSpec, model: ModelConfig, f
     tensors = {f"dense.{name}": tensor for name, tensor in learner.dense_weights(averaged=True).items()}
     tensors |= {f"tables.{piece.name}": piece.tensor for piece in learner.model.tables.slices(with_optimizer=False)}
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    save_arrays(state.memory.arrays(), folder / MEMORY)
+    save_arrays(state.memory.arrays() | state.ids.arrays(), folder / MEMORY)
+
+
+def predictor_of(state: ModelState, spec: DatasetSpec) -> Predictor:
+    """The predictor that serves once `state` is published; it shares the state's tables and memory."""
+    assert state.moments is not None, "a model that learned nothing is not published"
+    learner = state.learner
+    weights = learner.dense_weights(averaged=True)
+    return Predictor(learner.model, weights, spec, state.moments, state.memory, state.ids)
 
 
 def load_predictor(folder: Path) -> Predictor:
@@ -100,8 +116,9 @@ def load_predictor(folder: Path) -> Predictor:
     description = _Description.model_validate_json((folder / DESCRIPTION).read_bytes())
     spec = description.spec
     device = default_device()
+    tensors = load_file(folder / WEIGHTS)
     model = build_model(
-        architecture(description.model),
+        architecture(description.model, gated=f"dense.{GATE}" in tensors),
         table_layout(spec),
         num_dense=num_dense_columns(spec),
         sparse_optimizer="rowwise_adagrad",
@@ -110,28 +127,30 @@ def load_predictor(folder: Path) -> Predictor:
         device=device,
         seed=0,
     )
-    tensors = load_file(folder / WEIGHTS)
     tables = {name.removeprefix("tables."): tensor for name, tensor in tensors.items() if name.startswith("tables.")}
     slices = {name: [TableSlice(name=name, row=0, column=0, tensor=tensor)] for name, tensor in tables.items()}
     model.tables.load_slices(slices, with_optimizer=False)
     dense = {name.removeprefix("dense."): tensor.to(device) for name, tensor in tensors.items() if name.startswith("dense.")}
-    memory = Memory(spec)
-    memory.load(load_arrays(folder / MEMORY))
-    return Predictor(model, dense, spec, description.moments.running(), memory)
+    memory, ids, kept = Memory(spec), IdTables(spec), load_arrays(folder / MEMORY)
+    memory.load(kept)
+    ids.load(kept)
+    return Predictor(model, dense, spec, description.moments.running(), memory, ids)
 
 
 def _as_click_log(frame: pd.DataFrame, spec: DatasetSpec) -> pa.Table:
+    """The request in the schema of the click log, its values read as ingestion reads them."""
     columns: dict[str, pa.Array] = {}
     for feature in spec.logged_categorical():
-        values = _column(frame, feature.name)
         kind = pa.int64() if feature.type == "integer" else pa.string()
+        values = _column(frame, feature.name)
         if feature.many:
-            lists = [_as_list(value, feature.separator) for value in values]
+            lists = [_as_ids(value, feature) for value in values]
             columns[feature.name] = _convert(feature.name, lists, pa.list_(kind))
         else:
-            columns[feature.name] = _convert(feature.name, [_as_id(value, feature.type) for value in values], kind)
+            columns[feature.name] = _convert(feature.name, [_as_id(value, feature) for value in values], kind)
     for number in spec.numeric:
-        columns[number.name] = _convert(number.name, [_or_none(v) for v in _column(frame, number.name)], pa.float32())
+        numbers = [_as_number(value, number.name) for value in _column(frame, number.name)]
+        columns[number.name] = pa.array(np.array(numbers, np.float32), from_pandas=True)
     columns["event_time"] = _event_times(frame, spec)
     if spec.has_labels:
         columns["label"] = pa.array(np.zeros(len(frame), np.int8))
@@ -152,37 +171,49 @@ def _convert(name: str, values: Sequence[object], kind: pa.DataType) -> pa.Array
 
 
 def _event_times(frame: pd.DataFrame, spec: DatasetSpec) -> pa.Array:
-    derived = [feature.name for feature in spec.categorical if feature.from_time]
-    derived += [name for name, there in (("counters", spec.counters), ("ages", spec.ages), ("history", spec.history)) if there]
+    needing = [feature.name for feature in spec.categorical if feature.from_time]
+    needing += [name for name, there in (("counters", spec.counters), ("ages", spec.ages), ("history", spec.history)) if there]
     if "event_time" not in frame.columns:
-        if derived:
-            raise DataError(f"the request has no column 'event_time', which {derived} are derived from")
+        if needing:
+            raise DataError(f"the request has no column 'event_time', which {needing} depend on")
         return pa.array(np.zeros(len(frame), "datetime64[us]")).cast(pa.timestamp("us", "UTC"))
-    times = pd.to_datetime(frame["event_time"], utc=True, errors="coerce")
+    for value in frame["event_time"]:
+        if not isinstance(value, str | datetime):
+            raise DataError(f"event_time {value!r} is no time; use ISO 8601, such as '2026-01-02T03:04:05Z'")
+    times = pd.to_datetime(frame["event_time"], utc=True, errors="coerce", format="ISO8601")
     if times.isna().any():
-        raise DataError(f"event_time {frame['event_time'][times.isna()].iloc[0]!r} is no time; use ISO 8601")
+        wrong = frame["event_time"][times.isna()].iloc[0]
+        raise DataError(f"event_time {wrong!r} is no time; use ISO 8601, such as '2026-01-02T03:04:05Z'")
     return pa.array(times.to_numpy("datetime64[us]")).cast(pa.timestamp("us", "UTC"))
 
 
-def _or_none(value: object) -> object:
-    return None if value is None or value is pd.NA or value != value else value
+def _is_missing(value: object) -> bool:
+    return value is None or value is pd.NA or value == "" or (isinstance(value, float) and np.isnan(value))
 
 
-def _as_id(value: object, kind: str) -> object:
-    value = _or_none(value)
-    if value is None or value == "":
+def _as_id(value: object, feature: Categorical) -> object:
+    """JSON readers make floats of whole numbers; an id that was written 12 is read as 12, not 12.0."""
+    if _is_missing(value):
         return None
-    if kind == "integer":
-        whole = (isinstance(value, float) and value.is_integer()) or (
-            isinstance(value, str) and value.strip().lstrip("-").isdigit()
-        )
-        return int(value) if whole else value  # type: ignore[call-overload]
-    return str(value)
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    if feature.type == "string":
+        return str(value)
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value.strip()) else value
 
 
-def _as_list(value: object, separator: str) -> object:
+def _as_ids(value: object, feature: Categorical) -> list[object] | None:
     if isinstance(value, str):
-        return [part for part in value.split(separator) if part]
+        value = value.split(feature.separator)
     if isinstance(value, list | tuple | np.ndarray):
-        return list(value)
-    return None if _or_none(value) is None else [value]
+        return [_as_id(part, feature) for part in value if not _is_missing(part)]
+    return None if _is_missing(value) else [_as_id(value, feature)]
+
+
+def _as_number(value: object, name: str) -> float:
+    if _is_missing(value):
+        return float("nan")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"column {name!r} must hold numbers, got {value!r}") from error

@@ -50,6 +50,8 @@ def publish_update(
     notes = tuple(tracker.notes)
     if run is None or not config.tracking.register_model:
         return notes
+    if report.rows_learned == 0:
+        return (*notes, "no row was learned in time: the champion in the registry stays as it is")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         export_predictor(saved, spec, config.model, folder)

@@ -16,6 +16,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from models.id_table import IdFigures
 from pipeline.evaluation.metrics import Interval, Metrics
 from pipeline.outcome import PlanRecord, UpdateReport
 
@@ -67,6 +68,7 @@ def as_markdown(report: UpdateReport, plots: Mapping[str, str] | None = None) ->
         _figures(report),
         *(f"![{title}]({address})" for title, address in (plots or {}).items()),
         _rows(report),
+        _ids(report.ids),
         _budget(report),
         _plan(report.plan),
         _notes(report.notes),
@@ -202,6 +204,22 @@ def _rows(report: UpdateReport) -> str:
         counts["steps skipped, their loss was not finite"] = report.skipped_steps
     lines = [_line("rows", "count"), _line("---", "---:"), *(_line(name, f"{n:,}") for name, n in counts.items())]
     return "## Rows\n\n" + "\n".join(lines)
+
+
+def _ids(ids: Mapping[str, IdFigures]) -> str:
+    if not ids:
+        return ""
+    columns = ("feature", "with a row", "admitted", "evicted", "waiting", "forgotten", "new ids", "on the shared row")
+    lines = [_line(*columns), _line("---", *("---:" for _ in columns[1:]))]
+    for feature, figures in ids.items():
+        counts = (figures.stored, figures.admitted, figures.evicted, figures.waiting, figures.forgotten)
+        shares = (f"{figures.new_share:.1%}", f"{figures.shared_share:.1%}")
+        lines.append(_line(feature, *(f"{count:,}" for count in counts), *shares))
+    meaning = (
+        "*New ids*: the share of the window's ids that were predicted by the row that all unknown ids share; "
+        "*on the shared row*: the share that was learned there, not seen often enough for a row of their own."
+    )
+    return "## Ids\n\n" + "\n".join(lines) + f"\n\n{meaning}"
 
 
 def _budget(report: UpdateReport) -> str:

@@ -314,6 +314,8 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     values |= {"rows/window": float(report.rows), "batch_size": float(report.batch_size)}
     values |= {f"seconds/{stage}": seconds for stage, seconds in report.seconds.items()}
     values |= {"seconds/total": report.total_seconds, "budget/share": report.total_seconds / report.budget_seconds}
+    for feature, figures in report.ids.items():
+        values |= {f"ids/{feature}/{name}": float(value) for name, value in asdict(figures).items()}
     start = report.window_start.timestamp()
     return [
         MetricPoint(key=key, value=value, step=int(start // 3600), timestamp_ms=int(start * 1000))

@@ -46,7 +46,7 @@ class RecordedPlan:
 
     records: Sequence[PlanRecord]
     stopped_at: int
-    """Rows that the recorded update had learned when it ended."""
+    """Rows of the permutation that the recorded update had handed out when it ended: the manifest's `permutation_position`."""
 
     def decide(self, *, step: int, position: int) -> Decision | None:
         """What was decided then."""

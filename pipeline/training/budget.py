@@ -16,6 +16,8 @@ FIRST_RESERVE_SHARE = 0.2
 """Share of the budget kept back while no update has been measured."""
 RESERVE_MARGIN = 1.5
 """Times the longest tail seen."""
+GREATEST_RESERVE_SHARE = 0.5
+"""Share of the budget that is kept back at most, so that one slow tail cannot stop learning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,4 +58,5 @@ def reserve_seconds(tails: Sequence[float], *, budget_seconds: float, min_reserv
         )
     if not tails:
         return max(min_reserve_seconds, FIRST_RESERVE_SHARE * budget_seconds)
-    return max(min_reserve_seconds, RESERVE_MARGIN * max(tails[-20:]))
+    longest = min(RESERVE_MARGIN * max(tails[-20:]), GREATEST_RESERVE_SHARE * budget_seconds)
+    return max(min_reserve_seconds, longest)

@@ -37,7 +37,8 @@ class Learned:
     plan: tuple[PlanRecord, ...]
     loss_curve: tuple[LossPoint, ...]
     skipped_steps: int
-    out_of_time: bool
+    skipped_rows: int
+    """Rows of skipped steps: not learned, and not learned later either."""
 
 
 def learn(
@@ -50,6 +51,7 @@ def learn(
     progress: Progress = lambda done, rows: None,
 ) -> Learned:
     """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached."""
+    learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
     cursor = BatchCursor.of(window.num_rows, seed=seed)
     trace = _Trace(window.num_rows)
     mean_weight = float(window.weights_R.mean()) if window.num_rows else 1.0
@@ -67,7 +69,7 @@ def learn(
         learner.finish(chunk)
     unreached_R = np.zeros(window.num_rows, bool)
     unreached_R[cursor.order_R[cursor.position :]] = True
-    return trace.learned(unreached_R, out_of_time=stopwatch.out_of_time)
+    return trace.learned(unreached_R)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +143,13 @@ class _Trace:
         self.steps = 0
         self.rows_learned = 0
         self.skipped = 0
+        self.skipped_rows = 0
         self.last_batch_size = 0
         self.plan: list[PlanRecord] = []
         self.curve: list[LossPoint] = []
         self.rows_a_point = max(num_rows // LOSS_POINTS, 1)
         self.gathered: list[tuple[float, int]] = []
+        self.last_point = (0, 0.0)
 
     def add(self, batch: _Batch, result: StepResult, *, seconds: float) -> None:
         decision, rows = batch.decision, len(batch.rows)
@@ -156,13 +160,17 @@ class _Trace:
         self.last_batch_size = rows
         if not result.learned:
             self.skipped += 1
+            self.skipped_rows += rows
             return
         self.rows_learned += rows
         self.gathered.append((result.log_loss, rows))
+        self.last_point = (batch.position + rows, seconds)
         if sum(count for _, count in self.gathered) >= self.rows_a_point:
-            self._close_point(batch.position + rows, seconds)
+            self._close_point(*self.last_point)
 
-    def learned(self, unreached_R: npt.NDArray[np.bool_], *, out_of_time: bool) -> Learned:
+    def learned(self, unreached_R: npt.NDArray[np.bool_]) -> Learned:
+        if self.gathered:
+            self._close_point(*self.last_point)
         return Learned(
             rows=self.rows_learned,
             unreached_R=unreached_R,
@@ -170,7 +178,7 @@ class _Trace:
             plan=tuple(self.plan),
             loss_curve=tuple(self.curve),
             skipped_steps=self.skipped,
-            out_of_time=out_of_time,
+            skipped_rows=self.skipped_rows,
         )
 
     def _close_point(self, position: int, seconds: float) -> None:

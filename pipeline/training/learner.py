@@ -32,6 +32,9 @@ from pipeline.training.smoothing import MovingAverage, smooth_gradients
 
 Arithmetic = Literal["fp32", "bf16", "fp16"]
 
+MAX_OVERFLOWS = 30
+"""Steps in a row in which fp16 may overflow: a loss scale of 2^16 is 2^-14 after them, which no sound gradient needs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -65,6 +68,7 @@ class Learner:
         self.steps = 0
         """Steps since the model was new."""
         self.skipped_in_a_row = 0
+        self.overflows_in_a_row = 0
         self.parameters = dict(model.net.named_parameters())
         self.optimizer = dense_optimizer(self.parameters.values(), config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -161,8 +165,14 @@ class Learner:
             self.weight_average.add(self.parameters)
 
     def _count(self, finite: bool, log_loss: float) -> None:
-        overflow_only = self.precision == "fp16" and math.isfinite(log_loss)
+        overflow_only = not finite and self.precision == "fp16" and math.isfinite(log_loss)
+        self.overflows_in_a_row = self.overflows_in_a_row + 1 if overflow_only else 0
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + (not overflow_only)
+        if self.overflows_in_a_row > MAX_OVERFLOWS:
+            raise LearningDiverged(
+                f"gradients overflowed fp16 in {self.overflows_in_a_row} steps in a row, whatever the loss scale; nothing is "
+                "published and the rows stay waiting. Use training.precision = 'bf16' or 'fp32'"
+            )
         if self.skipped_in_a_row > self.config.max_skipped_steps:
             raise LearningDiverged(
                 f"the loss was not finite in {self.skipped_in_a_row} steps in a row; nothing is published and the rows "

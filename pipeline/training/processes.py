@@ -46,6 +46,11 @@ class Processes:
         for gradient, total in zip(gradients, pieces, strict=True):
             gradient.copy_(total.view_as(gradient))
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Puts the sum of all processes' tensors in the place of this one."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
     def wait(self) -> None:
         """Until all processes have come here."""
         if self.count > 1:

@@ -110,6 +110,47 @@ def test_learning_rates_take_effect_with_the_next_step() -> None:
     torch.testing.assert_close(_weights(tables)["deep.user.weight"], before["deep.user.weight"])
 
 
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad"])
+def test_a_row_with_a_new_owner_starts_as_another_and_nothing_of_the_old_owner_survives(optimizer: SparseOptimizer) -> None:
+    tables = _tables(optimizer)
+    for _ in range(2):
+        pooled = tables(*_batch())
+        torch.autograd.backward(
+            [pooled.deep_BS, pooled.wide_BW], [torch.ones_like(pooled.deep_BS), torch.ones_like(pooled.wide_BW)]
+        )
+    before = _weights(tables)
+    tables.start_rows({"user": np.array([1, 10])}, like=3)
+    after = _weights(tables)
+    for part in ("deep", "wide"):
+        name = f"{part}.user"
+        assert before[f"{name}.accumulator"][1].abs().sum() > 0
+        assert torch.equal(after[f"{name}.weight"][[1, 10]], before[f"{name}.weight"][[3, 3]])
+        assert not after[f"{name}.accumulator"][[1, 10]].any()
+        others = [row for row in range(11) if row not in (1, 10)]
+        for kind in ("weight", "accumulator"):
+            assert torch.equal(after[f"{name}.{kind}"][others], before[f"{name}.{kind}"][others])
+    for name in (name for name in before if ".user." not in name):
+        assert torch.equal(after[name], before[name])
+
+
+def test_decayed_accumulators_give_the_steps_of_the_formula() -> None:
+    """Adagrad whose sum of squares is multiplied by .25 before the third step."""
+    tables = _tables("adagrad")
+    weight, total = _weights(tables)["deep.user.weight"][1], torch.zeros(4)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(4):
+        if step == 2:
+            tables.decay_accumulators(0.25)
+            total = total * 0.25
+        pooled = tables(*_batch())
+        gradient = torch.randn(pooled.deep_BS.shape, generator=generator)
+        torch.autograd.backward([pooled.deep_BS, pooled.wide_BW], [gradient, torch.zeros_like(pooled.wide_BW)])
+        summed = gradient[0, :4] + gradient[1, :4]
+        total = total + summed.square()
+        weight = weight - 0.1 * summed / (total.sqrt() + 1e-8)
+    torch.testing.assert_close(_weights(tables)["deep.user.weight"][1], weight)
+
+
 @pytest.mark.parametrize("cuts", [(0, 11), (0, 4, 11), (0, 1, 2, 10, 11)])
 def test_slices_restore_however_they_were_cut(cuts: tuple[int, ...]) -> None:
     source, target = _tables(seed=1), _tables(seed=2)

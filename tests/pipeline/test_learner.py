@@ -195,7 +195,6 @@ def test_a_pass_replays_to_the_same_bits(small_spec: DatasetSpec, small_examples
     clock = lambda: float(next(times))  # noqa: E731
     deadline = Deadline(started=0, budget_seconds=30, reserve_seconds=10, clock=clock)
     learned = _pass(stopped, window, deadline=deadline)
-    assert learned.out_of_time
     assert 0 < learned.rows < 1000
     assert learned.unreached_R.sum() == 1000 - learned.rows
     replayed = _learner(small_spec)

@@ -15,12 +15,26 @@ from pipeline.data.encode import encode
 from pipeline.data.loader import to_examples
 from pipeline.data.synthetic import SyntheticConfig, SyntheticStream
 from pipeline.data.windows import Window
-from pipeline.model_state import restore_or_create, save
+from pipeline.model_state import admit_ids, restore_or_create, save
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.processes import Processes
 
 SETTINGS = ["training.precision='fp32'", "training.batch_size=64", "training.micro_batch_size=16", "model.hidden=[8]"]
+
+
+def _spec() -> DatasetSpec:
+    """The synthetic data set; its largest feature, cut by rows over the processes, and its smallest admit their ids."""
+    spec = load_spec("synthetic")
+    logged = list(spec.logged_categorical())
+    chosen = {max(logged, key=lambda f: f.capacity).name: 2, min(logged, key=lambda f: f.capacity).name: 1}
+    categorical = tuple(
+        feature.model_copy(update={"ids": "admitted", "admit_after": chosen[feature.name]})
+        if feature.name in chosen
+        else feature
+        for feature in spec.categorical
+    )
+    return spec.model_copy(update={"categorical": categorical})
 
 
 def _config(state_dir: Path) -> UpdateConfig:
@@ -29,13 +43,16 @@ def _config(state_dir: Path) -> UpdateConfig:
 
 def learn_windows(state_dir: Path, hours: range) -> None:
     """Restores or creates the model, learns some hours, and saves after each."""
-    config, spec = _config(state_dir), load_spec("synthetic")
+    config, spec = _config(state_dir), _spec()
     for hour in hours:
         state = restore_or_create(config, spec, Processes.started())
-        window = encode(_examples(spec, hour), spec, state.memory, state.moments, hour=hour)
+        examples = _examples(spec, hour)
+        window = encode(examples, spec, state.memory, state.moments, hour=hour, ids=state.ids)
+        window, admitted = admit_ids(state, examples, window, spec, hour=hour)
+        assert all(figures.stored for figures in admitted.values())
         policy = FixedBatch(batch_size=64, learning_rate=0.01)
         learned = learn(state.learner, window, seed=[hour], policy=policy)
-        bounds = Window(start=hour, end=hour + 1, log_version=hour, pieces=(), late_rows=0, left=())
+        bounds = Window(start=hour, end=hour + 1, log_id="log", log_version=hour, pieces=(), late_rows=0, left=())
         save(state, bounds, learned, config, spec, seed=(hour,))
 
 
@@ -66,7 +83,7 @@ def test_two_processes_train_and_restore_like_one(tmp_path: Path, cut: str) -> N
 
 
 def _weights(state_dir: Path) -> dict[str, torch.Tensor]:
-    learner = restore_or_create(_config(state_dir), load_spec("synthetic"), Processes()).learner
+    learner = restore_or_create(_config(state_dir), _spec(), Processes()).learner
     tables = {piece.name: piece.tensor.clone() for piece in learner.model.tables.slices()}
     return tables | {name: parameter.detach() for name, parameter in learner.parameters.items()}
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from models.id_table import IdFigures
 from pipeline.evaluation.metrics import measure
 from pipeline.outcome import LossPoint, PlanRecord, UpdateReport
 from pipeline.publishing.report import TABLE_HEADER, append_history, as_markdown, as_row, as_table, read_history, verdict
@@ -50,6 +51,13 @@ def report(**changes: Any) -> UpdateReport:
         notes=("2 lists were capped",),
     )
     return dataclasses.replace(made, **changes)
+
+
+def test_admitted_ids_have_a_table_of_their_own() -> None:
+    figures = IdFigures(stored=12345, admitted=67, evicted=8, waiting=910, forgotten=0, new_share=0.0512, shared_share=0.0307)
+    text = as_markdown(report(ids={"item_id": figures}))
+    assert "| item_id | 12,345 | 67 | 8 | 910 | 0 | 5.1% | 3.1% |" in text
+    assert "## Ids" not in as_markdown(report())
 
 
 def test_the_verdict_is_the_first_sentence_and_names_the_figures() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.id_table import IdFigures
 from pipeline.config import UpdateConfig, load_config
 from pipeline.evaluation.metrics import measure
 from pipeline.outcome import LossPoint, PlanRecord, UpdateReport
@@ -267,3 +268,13 @@ def test_the_record_of_a_report_is_pure_of_mlflow(config: UpdateConfig) -> None:
     record = record_of(report_at(), config, texts={}, images={"a.png": b"png"})
     assert base64.b64decode(record.images["a.png"]) == b"png"
     assert len({point.key for point in record.hourly}) == len(record.hourly)
+
+
+def test_figures_of_admitted_ids_are_hourly_metrics(tmp_path: Path) -> None:
+    figures = IdFigures(stored=5, admitted=4, evicted=3, waiting=2, forgotten=1, new_share=0.5, shared_share=0.25)
+    config = load_config(overrides=[f"state_dir={tmp_path}"])
+    record = record_of(report_at(ids={"item": figures}), config, texts={}, images={})
+    values = {point.key: point.value for point in record.hourly if point.key.startswith("ids/")}
+    assert values["ids/item/evicted"] == 3.0
+    assert values["ids/item/new_share"] == 0.5
+    assert len(values) == 7

@@ -1,5 +1,6 @@
 """The whole update on a small synthetic click log: warm start, deadline, corruption, and what reaches the next update."""
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from deltalake import DeltaTable
 from filelock import FileLock
 
-from data_schemas.dataset import load_spec
+from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
 from pipeline.config import UpdateConfig, load_config
 from pipeline.data.encode import UserBags, encode
@@ -20,10 +22,12 @@ from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.loader import columns_to_read, to_examples
 from pipeline.data.windows import Cursor, next_window, read_window
-from pipeline.model_state import restore_or_create
+from pipeline.evaluation.score import probabilities
+from pipeline.model_state import ModelState, restore_or_create
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.checkpoint import current_version, load_dense, read_manifest, versions
-from pipeline.publishing.predictor import export_predictor, load_predictor
+from pipeline.publishing.predictor import Predictor, export_predictor, load_predictor
+from pipeline.publishing.report import as_markdown
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.processes import Processes
@@ -43,12 +47,17 @@ column = "label"
 [[categorical]]
 name = "user"
 type = "integer"
-capacity = 256
+capacity = 42
 embedding_dim = 8
+ids = "admitted"
+admit_after = 4
 [[categorical]]
 name = "item"
 capacity = 128
 embedding_dim = 8
+ids = "admitted"
+admit_after = 6
+evict_after_hours = 1
 [[categorical]]
 name = "tags"
 many = true
@@ -122,7 +131,7 @@ def _bits(config: UpdateConfig) -> dict[str, bytes]:
     manifest = read_manifest(config.model_dir, state.version)
     tensors = load_dense(config.model_dir, manifest)
     tensors |= {piece.name: piece.tensor for piece in state.learner.model.tables.slices()}
-    memory = {name: array.tobytes() for name, array in state.memory.arrays().items()}
+    memory = {name: array.tobytes() for name, array in (state.memory.arrays() | state.ids.arrays()).items()}
     weights = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
     return memory | weights | {"moments": str(manifest.moments).encode()}
 
@@ -168,7 +177,9 @@ def test_twelve_windows_with_a_restart_between_each_equal_twelve_without(
     original = update.save
     monkeypatch.setattr(update, "restore_or_create", restore_once)
     monkeypatch.setattr(update, "save", save_and_keep)
-    assert len(_learn_all(together)) == 12
+    reports = _learn_all(together)
+    assert len(reports) == 12
+    assert sum(report.ids["user"].evicted for report in reports) > 0, "rows changed their owner"
     assert _bits(config) == _bits(together)
 
 
@@ -240,6 +251,90 @@ def test_another_spec_or_another_architecture_is_refused(config: UpdateConfig, t
     other = config.model_copy(update={"dataset": str(tmp_path / "other" / "tiny.toml")})
     with pytest.raises(SpecMismatch, match="its features differ"):
         run_update(other)
+
+
+GROWN = (
+    TOML.replace('crosses = [["user", "item"]]', "")
+    .replace('ages = ["item"]', "")
+    .replace(TOML[TOML.index("[history]") :], "")
+    .replace("admit_after = 4", "admit_after = 2")
+)
+"""A declaration that `TOML` adds to, and that admits other ids: below, its order is another as well."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "smoothed"),
+    [("deepfm", {}), ("deepfm", {"dense_optimizer": "adagrad", "gradient_ema": 0.9}), ("dcnv2", {}), ("dlrm", {})],
+)
+def test_a_new_feature_keeps_the_trained_model_and_starts_from_zero_effect(
+    config: UpdateConfig, tmp_path: Path, kind: str, smoothed: dict[str, object]
+) -> None:
+    smaller = GROWN[: GROWN.index('[[categorical]]\nname = "hour_of_day"')] + GROWN[GROWN.index("[[numeric]]") :]
+    smaller = smaller[: smaller.index('[[counters]]\nover = ["user", "item"]')]
+    (tmp_path / "tiny.toml").write_text(smaller)
+    parts = {
+        "model": config.model.model_copy(update={"kind": kind, "interaction_dim": 12}),
+        "training": config.training.model_copy(update=smoothed),
+    }
+    config = config.model_copy(update=parts)
+    for hour in range(5):
+        _write_hour(config, hour)
+    _ingest(config)
+    for _ in range(3):
+        assert run_update(config) is not None
+    old, old_spec = restore_or_create(config, load_spec(config.dataset), Processes()), load_spec(config.dataset)
+    (tmp_path / "tiny.toml").write_text(TOML)
+    spec = load_spec(config.dataset)
+    new = restore_or_create(config, spec, Processes())
+    before, after = (_predicted(state, config, spec) for state, spec in ((old, old_spec), (new, spec)))
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
+    assert {note.partition(" is new")[0] for note in new.notes} == {
+        "feature hour_of_day", "cross user x item", "counter of user, item", "age of item", "history of item",
+    }  # fmt: skip
+    for _ in range(2):
+        assert run_update(config) is not None
+    learned = restore_or_create(config, spec, Processes())
+    assert learned.notes == ()
+    for name, parameter in learned.learner.parameters.items():
+        assert not torch.equal(parameter, new.learner.parameters[name]), f"{name} is learned"
+    export_predictor(learned, spec, config.model, tmp_path / "served")
+    served = load_predictor(tmp_path / "served")
+    np.testing.assert_array_equal(_predicted(served, config, spec), _predicted(learned, config, spec))
+
+
+def _predicted(by: ModelState | Predictor, config: UpdateConfig, spec: DatasetSpec) -> np.ndarray:
+    """Probabilities of the first hour's rows, as if they came again now."""
+    log = ClickLog.open_or_create(config.log_path, spec)
+    window = next_window(log, Cursor(), config.window, datetime.now(UTC))
+    assert window is not None
+    examples = to_examples(read_window(log, window, columns_to_read(spec)), spec)
+    if isinstance(by, Predictor):
+        return by.predict_examples(examples)
+    encoded = encode(examples, spec, by.memory, by.moments, hour=window.start, ids=by.ids)
+    learner = by.learner
+    return probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
+
+
+def test_a_feature_that_is_taken_away_is_refused(config: UpdateConfig, tmp_path: Path) -> None:
+    _write_hour(config, 0)
+    _ingest(config)
+    _learn_all(config)
+    for changed in (GROWN, TOML.replace("half_lives_hours = [1.0, 24.0]", "half_lives_hours = [1.0, 24.0, 48.0]")):
+        (tmp_path / "tiny.toml").write_text(changed)
+        with pytest.raises(SpecMismatch, match="its features differ"):
+            run_update(config)
+
+
+def test_ids_seen_often_enough_are_learned_at_once_and_reported(config: UpdateConfig) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    _ingest(config)
+    first, _, last = _learn_all(config)
+    assert first.ids["item"].new_share == 1.0
+    assert first.ids["item"].admitted == first.ids["item"].stored > 0
+    assert last.ids["item"].new_share < 0.2
+    assert last.ids["user"].stored <= 40
+    assert "| item |" in as_markdown(last)
 
 
 def test_an_update_in_progress_is_respected(config: UpdateConfig) -> None:
@@ -362,13 +457,13 @@ def test_labels_of_an_hour_do_not_reach_that_hours_inputs(config: UpdateConfig) 
         _write_hour(config, hour)
     _ingest(config)
     _learn_all(config)
-    memory = restore_or_create(config, spec, Processes()).memory
+    state = restore_or_create(config, spec, Processes())
     log = ClickLog.open_or_create(config.log_path, spec)
     window = next_window(log, Cursor(), config.window, datetime.now(UTC))
     assert window is not None
     examples = to_examples(read_window(log, window, columns_to_read(spec)), spec)
     moved = replace(examples, labels_R=np.roll(examples.labels_R, 7))
-    first, second = (encode(rows, spec, memory, None, hour=window.start + 3) for rows in (examples, moved))
+    first, second = (encode(rows, spec, state.memory, None, hour=window.start + 3, ids=state.ids) for rows in (examples, moved))
     np.testing.assert_array_equal(first.raw_dense_NR, second.raw_dense_NR)
     assert first.histories is not None
     assert second.histories is not None
@@ -388,7 +483,7 @@ def test_a_history_is_looked_up_once_a_user_and_learned_from_every_row(config: U
     window = next_window(log, Cursor(), config.window, datetime.now(UTC))
     assert window is not None
     examples = to_examples(read_window(log, window, columns_to_read(spec)), spec).take(np.arange(120))
-    encoded = encode(examples, spec, state.memory, state.moments, hour=window.end + 1)
+    encoded = encode(examples, spec, state.memory, state.moments, hour=window.end + 1, ids=state.ids)
     assert encoded.histories is not None
     by_row = UserBags(
         user_R=np.arange(120),
@@ -403,3 +498,34 @@ def test_a_history_is_looked_up_once_a_user_and_learned_from_every_row(config: U
         torch.testing.assert_close(
             weights[1][name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_a_lost_pointer_or_a_lost_folder_makes_no_new_model(config: UpdateConfig) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    _ingest(config)
+    _learn_all(config)
+    (config.model_dir / "CURRENT").unlink()
+    assert restore_or_create(config, load_spec(config.dataset), Processes()).version == 3
+    (config.model_dir / "CURRENT").write_text("v000003\n")
+    shutil.rmtree(config.model_dir / "checkpoints" / "v000003")
+    state = restore_or_create(config, load_spec(config.dataset), Processes())
+    assert state.version == 2
+    assert any("v000003" in note for note in state.notes)
+    shutil.rmtree(config.model_dir / "checkpoints")
+    with pytest.raises(CorruptCheckpoint, match="is whole"):
+        run_update(config)
+
+
+def test_a_compacted_click_log_is_refused_before_anything_is_learned_twice(config: UpdateConfig) -> None:
+    for hour in range(2):
+        _write_hour(config, hour)
+        _ingest(config)
+        _write_hour(config, hour, rows=310)
+        _ingest(config)
+    _learn_all(config)
+    DeltaTable(config.log_path).optimize.compact()
+    _write_hour(config, 2)
+    _ingest(config)
+    with pytest.raises(DataError, match="were rewritten or removed"):
+        run_update(config)
