@@ -1,11 +1,11 @@
 """How fast a model learns an item that is born hot, in one hourly update.
 
-    python benchmarks/hot_item.py [--hours 6] [--seeds 3]
+    python benchmarks/hot_item.py [--hours 6] [--seeds 3] [--impressions 50 500]
 
-The base CTR is .04. After six ordinary hours of 100,000 rows, the next hour shows 200 items never seen before, each with a true CTR of .20
-and N impressions. The model learns that hour once, and then predicts fresh impressions of the same items, by other users: the
-table gives mean predicted over true CTR (1 is right), and what learning the hot items did to the log loss of all other items in
-the hour after, beside a model that learned the same hour without them. With and without counters in the declaration.
+The base CTR is .04. After six ordinary hours of 100,000 rows, the next hour shows 200 items never seen before, each with a true
+CTR of .20 and N impressions. The model learns that hour once, and then predicts fresh impressions of the same items, by other
+users: the table gives mean predicted over true CTR (1 is right), and what learning the hot items did to the log loss of all
+other items in the hour after, beside a model that learned the same hour without them. With and without counters.
 """
 
 import argparse
@@ -93,7 +93,9 @@ def measure(counters: bool, impressions: int, hours: int, seed: int) -> tuple[fl
     """Predicted over true CTR of the hot items, and the change of the other items' log loss."""
     spec = load_spec("synthetic")
     spec = spec.model_copy(update={"counters": COUNTERS, "ages": ("item_id",)}) if counters else spec
-    stream = SyntheticStream(SyntheticConfig(hours=hours + 2, rows_per_hour=ROWS_PER_HOUR, traffic_ratio=1.0, base_ctr=BASE_CTR, seed=seed))
+    stream = SyntheticStream(
+        SyntheticConfig(hours=hours + 2, rows_per_hour=ROWS_PER_HOUR, traffic_ratio=1.0, base_ctr=BASE_CTR, seed=seed)
+    )
     ordinary = [to_examples(stream.hour(hour).table, spec) for hour in range(hours + 2)]
     first = int(np.median(ordinary[0].hour_R))
     hot = _hot_rows(ordinary[hours], NUM_ITEMS * impressions, np.random.default_rng([seed, 1]))

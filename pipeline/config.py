@@ -139,7 +139,7 @@ class TrackingConfig(_Part):
 
 
 class UpdateConfig(BaseSettings):
-    """One update: rows in, deadline, proof out."""
+    """One update: rows in, a deadline, a fresh model out."""
 
     model_config = SettingsConfigDict(
         env_prefix="TIDEMARK_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True

@@ -171,10 +171,12 @@ def _tidy(axes: Axes) -> None:
 
 
 def _auc_title(hours: Sequence[Mapping[str, Any]]) -> str:
-    gains = [entry["before"]["auc"] - frozen for entry in hours if (frozen := _value(entry, "frozen", "auc")) is not None]
-    if not gains:
+    """The gain over the frozen model, weighted by rows as the means of the flows are."""
+    compared = [entry for entry in hours if _value(entry, "frozen", "auc") is not None]
+    if not compared:
         return "AUC on each hour's clicks, before they are learned"
-    gain = float(np.mean(gains))
+    gains = [entry["before"]["auc"] - entry["frozen"]["auc"] for entry in compared]
+    gain = float(np.average(gains, weights=[entry["rows"] for entry in compared]))
     return f"Keeping the model fresh {'gains' if gain >= 0 else 'loses'} {abs(gain):.3f} AUC over freezing it"
 
 

@@ -25,6 +25,7 @@ def entry(hour: int, auc: float | None = 0.7, frozen: float | None = 0.65) -> di
     return {
         "window_start": start.isoformat(),
         "window_end": (start + timedelta(hours=1)).isoformat(),
+        "rows": 1000,
         "before": {"auc": auc, "auc_interval": interval},
         "frozen": None if frozen is None else {"auc": frozen},
     }
