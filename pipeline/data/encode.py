@@ -85,11 +85,15 @@ class EncodedWindow:
 
     def minibatch(self, rows_B: I64, *, filling_B: npt.NDArray[np.bool_] | None = None) -> MiniBatch:
         """The batch of these rows; those in `filling_B` only fill its shape and have weight 0."""
-        segments = self._segments(rows_B)
-        carrier_B = None if self.histories is None else _add_histories(segments, self.histories, rows_B)
         deep_keys = [key for table in self.layout.deep for key in table.lookups]
-        deep = _jagged(segments, deep_keys, len(rows_B))
         same = deep_keys == self.layout.wide_keys
+        gathered_KB = self.single_RK.take(rows_B, axis=0).T.astype(np.int64, order="C")
+        if same and deep_keys == list(self.single_keys):
+            segments, carrier_B, deep = {}, None, _one_id_each(gathered_KB, deep_keys)
+        else:
+            segments = self._segments(gathered_KB, rows_B)
+            carrier_B = None if self.histories is None else _add_histories(segments, self.histories, rows_B)
+            deep = _jagged(segments, deep_keys, len(rows_B))
         weights_B = self.weights_R[rows_B]
         return MiniBatch(
             deep=deep,
@@ -100,9 +104,8 @@ class EncodedWindow:
             weights_B=torch.from_numpy(weights_B if filling_B is None else np.where(filling_B, np.float32(0), weights_B)),
         )
 
-    def _segments(self, rows_B: I64) -> dict[str, "_Segment"]:
+    def _segments(self, gathered_KB: I64, rows_B: I64) -> dict[str, "_Segment"]:
         """By key: what the batch looks up for it."""
-        gathered_KB = self.single_RK.take(rows_B, axis=0).T.astype(np.int64, order="C")
         ones_B, length_B = np.ones(len(rows_B), np.float32), np.ones(len(rows_B), np.int32)
         segments = {
             key: _Segment(rows=gathered_KB[position], weights=ones_B, lengths=length_B)
@@ -282,6 +285,18 @@ def _add_histories(segments: dict[str, _Segment], histories: UserBags, rows_B: I
         segments[key] = _Segment(rows=taken.rows_V, weights=taken.weights_V, lengths=lengths)
     carrier_B: I64 = first[inverse]
     return carrier_B
+
+
+def _one_id_each(rows_KB: I64, keys: Sequence[str]) -> KeyedJaggedTensor:
+    """`_jagged` for keys that all have one id a row: nothing is copied."""
+    return KeyedJaggedTensor(
+        keys=list(keys),
+        values=torch.from_numpy(rows_KB.reshape(-1)),
+        weights=torch.ones(rows_KB.size),
+        lengths=torch.ones(rows_KB.size, dtype=torch.int32),
+        offsets=torch.arange(rows_KB.size + 1),
+        stride=rows_KB.shape[1],
+    )
 
 
 def _jagged(segments: Mapping[str, _Segment], keys: Sequence[str], size: int) -> KeyedJaggedTensor:

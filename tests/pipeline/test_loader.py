@@ -86,3 +86,17 @@ def test_dictionary_strings_hash_like_plain_ones() -> None:
     words = pa.array(["x", None, "y", "x", ""])
     np.testing.assert_array_equal(hash_ids(words.dictionary_encode()), hash_ids(words))
     assert len(set(hash_ids(words).tolist())) == 4
+
+
+def test_a_batch_of_single_ids_equals_the_general_form(
+    small_spec: DatasetSpec, small_examples: Callable[..., Examples]
+) -> None:
+    features = tuple(feature for feature in small_spec.categorical if not feature.many)
+    single = small_spec.model_copy(update={"categorical": features})
+    examples = small_examples(30)
+    rows = np.array([3, 29, 3, 0, 11])
+    fast = encode(examples, single, Memory(single), None, hour=0).minibatch(rows).deep
+    general = encode(examples, small_spec, Memory(small_spec), None, hour=0).minibatch(rows).deep.to_dict()
+    for key, values in fast.to_dict().items():
+        for part in ("values", "weights", "lengths"):
+            assert getattr(values, part)().tolist() == getattr(general[key], part)().tolist()
