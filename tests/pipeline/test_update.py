@@ -17,7 +17,7 @@ from filelock import FileLock
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
 from pipeline.config import UpdateConfig, load_config
-from pipeline.data.encode import UserBags, encode
+from pipeline.data.encode import EncodedWindow, UserBags, encode
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.loader import columns_to_read, to_examples
@@ -439,36 +439,57 @@ def test_two_models_have_their_own_cursor_on_one_click_log(config: UpdateConfig)
     assert [report.rows for report in nightly] == [900]
 
 
-def test_random_state_is_restored(config: UpdateConfig) -> None:
+def test_random_state_is_restored(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is moved on before it is saved, so that it differs from what building a model leaves behind."""
+    import pipeline.update as update
+
+    original = update.save
+
+    def draw_and_save(*args: object, **more: object) -> object:
+        torch.rand(7)
+        return original(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(update, "save", draw_and_save)
     _write_hour(config, 0)
     _ingest(config)
     _learn_all(config)
-    draws = []
-    for _ in range(2):
-        restore_or_create(config, load_spec(config.dataset), Processes())
-        draws.append(torch.rand(3))
-    assert torch.equal(*draws)
+    saved = load_dense(config.model_dir, read_manifest(config.model_dir, 1))["random.torch"]
+    restore_or_create(config, load_spec(config.dataset), Processes())
+    assert torch.equal(torch.get_rng_state(), saved)
 
 
-def test_labels_of_an_hour_do_not_reach_that_hours_inputs(config: UpdateConfig) -> None:
-    """Counters and histories of a window are those of the windows before, whatever happened in it."""
-    spec = load_spec(config.dataset)
-    for hour in range(3):
-        _write_hour(config, hour)
-    _ingest(config)
-    _learn_all(config)
-    state = restore_or_create(config, spec, Processes())
-    log = ClickLog.open_or_create(config.log_path, spec)
-    window = next_window(log, Cursor(), config.window, datetime.now(UTC))
-    assert window is not None
-    examples = to_examples(read_window(log, window, columns_to_read(spec)), spec)
-    moved = replace(examples, labels_R=np.roll(examples.labels_R, 7))
-    first, second = (encode(rows, spec, state.memory, None, hour=window.start + 3, ids=state.ids) for rows in (examples, moved))
-    np.testing.assert_array_equal(first.raw_dense_NR, second.raw_dense_NR)
+def test_labels_of_an_hour_do_not_reach_that_hours_inputs(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two streams that differ in the labels of their last hour alone: what the model is fed in that hour is the same."""
+    import pipeline.update as update
+
+    fed: list[EncodedWindow] = []
+
+    def encode_and_record(*args: object, **more: object) -> EncodedWindow:
+        fed.append(encode(*args, **more))  # type: ignore[arg-type]
+        return fed[-1]
+
+    monkeypatch.setattr(update, "encode", encode_and_record)
+    for name, labels in (("first", 1), ("second", 0)):
+        stream = config.model_copy(
+            update={"landing": f"{config.landing}/{name}", "state_dir": config.state_dir / name, "model_name": name}
+        )
+        Path(stream.landing).mkdir()
+        for hour in range(2):
+            _write_hour(stream, hour)
+        _write_hour(stream, 2, labels=labels)
+        _ingest(stream)
+        _learn_all(stream)
+    first, second = fed[2], fed[5]
+    assert len(fed) == 6
+    assert first.labels_R.sum() == 300
+    assert second.labels_R.sum() == 0
+    assert first.raw_dense_NR.any()
+    np.testing.assert_array_equal(first.dense_RN, second.dense_RN)
     assert first.histories is not None
     assert second.histories is not None
     for key, bags in first.histories.pools.items():
         np.testing.assert_array_equal(bags.rows_V, second.histories.pools[key].rows_V)
+        np.testing.assert_array_equal(bags.weights_V, second.histories.pools[key].weights_V)
 
 
 def test_a_history_is_looked_up_once_a_user_and_learned_from_every_row(config: UpdateConfig) -> None:
