@@ -24,10 +24,7 @@ class IdLists:
 
     def take(self, rows: I64) -> "IdLists":
         """The lists of `rows`, in that order."""
-        lengths = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        starts = self.offsets[:-1][rows]
-        positions = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        positions, offsets = gathered(self.offsets, rows)
         return IdLists(values_V=self.values_V[positions], offsets=offsets)
 
 
@@ -73,6 +70,18 @@ class Examples:
     def with_weights(self, weights_R: F32) -> "Examples":
         """The same rows with other weights."""
         return replace(self, weights_R=weights_R)
+
+
+def gathered(offsets: I64, chosen: I64) -> tuple[I64, I64]:
+    """Where the values of the chosen lists lie among the values of all, list after list, and the offsets of the chosen lists.
+
+    >>> gathered(np.array([0, 2, 2, 5]), np.array([2, 0]))
+    (array([2, 3, 4, 0, 1]), array([0, 3, 5]))
+    """
+    lengths = np.diff(offsets)[chosen]
+    new_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    positions: I64 = np.repeat(offsets[:-1][chosen] - new_offsets[:-1], lengths) + np.arange(new_offsets[-1])
+    return positions, new_offsets
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:

@@ -15,7 +15,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data_schemas.dataset import Categorical, DatasetSpec
-from data_schemas.examples import F32, I64, U64, Examples, IdLists
+from data_schemas.examples import F32, I64, U64, Examples, IdLists, gathered
 from data_schemas.minibatch import MiniBatch
 from models.histories import Histories
 from models.id_table import SHARED_ROW, IdTables
@@ -39,9 +39,7 @@ class Bags:
 
     def take(self, chosen: I64) -> "Bags":
         """The bags of `chosen`, in that order."""
-        lengths = np.diff(self.offsets)[chosen]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        positions = np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        positions, offsets = gathered(self.offsets, chosen)
         return Bags(rows_V=self.rows_V[positions], weights_V=self.weights_V[positions], offsets=offsets)
 
 
