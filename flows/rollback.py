@@ -34,8 +34,9 @@ def rollback(
     """
     done = roll_back(settings_for(config, overrides, state_dir=state_dir, model_name=model_name), version)
     console = Console(soft_wrap=True, highlight=False)
+    until = f"{done.learned_until:%Y-%m-%d %H:%M} UTC"
     console.print(
-        f"version {done.version} serves instead of {done.before}: it had learned until {done.learned_until:%Y-%m-%d %H:%M} UTC, "
+        f"version {done.version} serves instead of {done.before}: it had learned until {until}, "
         f"click-log version {done.log_version}; what came since waits for the next update",
         markup=False,
     )

@@ -1,5 +1,6 @@
 """Back to a kept version: model and consumed log version together, whole or not at all."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,18 +23,25 @@ HOURS = 4
 STREAM = SyntheticConfig(hours=HOURS, rows_per_hour=200, num_users=50, num_items=40, num_authors=8)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> UpdateConfig:
-    """A model that has learned four hours."""
-    write_landing(STREAM, tmp_path / "landing")
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> UpdateConfig:
+    """A model that has learned four hours; tests work on copies."""
+    folder = tmp_path_factory.mktemp("learned")
+    write_landing(STREAM, folder / "landing")
     overrides = ["tracking.enabled=false", "model.hidden=[8]", "training.precision=fp32", "keep_checkpoints=3"]
-    places = {"landing": str(tmp_path / "landing"), "state_dir": str(tmp_path / "state")}
+    places = {"landing": str(folder / "landing"), "state_dir": str(folder / "state")}
     config = settings_for(None, overrides, dataset="synthetic", **places)
     spec = load_spec("synthetic")
     log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
     ingest_landing(config.landing, log, quarantine, spec, now=STREAM.hour_start(HOURS + 1))
     learn_all(config)
     return config
+
+
+@pytest.fixture
+def config(learned: UpdateConfig, tmp_path: Path) -> UpdateConfig:
+    shutil.copytree(learned.state_dir, tmp_path / "state")
+    return learned.model_copy(update={"state_dir": tmp_path / "state"})
 
 
 def learn_all(config: UpdateConfig) -> int:
