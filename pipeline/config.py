@@ -71,8 +71,9 @@ class TrainingConfig(_Part):
     """Embeddings step once in at least this many rows, with the gradients of all batches in them; 0 for once a batch."""
     precision: Precision = "auto"
     """Arithmetic of the dense network; `auto` measures what this machine is fastest at when the model is first made."""
-    dense_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    """Of the dense network."""
+    dense_optimizer: Literal["adam", "adagrad", "sgd", "lars", "lamb"] = "adam"
+    """Of the dense network. `lars` and `lamb` scale each matrix's step to its norm, for very large batches; `lars` wants a
+    dense_learning_rate of about 0.1."""
     dense_learning_rate: Annotated[float, Field(gt=0)] = 0.001
     """Of the dense network."""
     sparse_optimizer: Literal["adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
@@ -97,10 +98,10 @@ class TrainingConfig(_Part):
 
     @model_validator(mode="after")
     def _smoothed_once(self) -> Self:
-        if self.gradient_ema > 0 and self.dense_optimizer == "adam":
+        if self.gradient_ema > 0 and self.dense_optimizer in ("adam", "lars", "lamb"):
             raise ValueError(
-                f"gradient_ema = {self.gradient_ema} with dense_optimizer = 'adam' smooths the gradient twice; "
-                "use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
+                f"gradient_ema = {self.gradient_ema} with dense_optimizer = '{self.dense_optimizer}' smooths the gradient "
+                "twice; use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
             )
         return self
 

@@ -50,6 +50,7 @@ from pipeline.publishing.checkpoint import (
 )
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
+from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
 from pipeline.training.processes import Processes, shard_tables
 from pipeline.training.smoothing import MovingAverage
@@ -58,6 +59,9 @@ log = logging.getLogger(__name__)
 
 GATE = "head.gate_F"
 """Name of the dense weight that only a DeepFM has which got new embeddings after it was trained."""
+
+GROUP = "optimizer_group."
+"""Prefix of what the dense optimizer keeps once a group of parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +314,7 @@ def _widened(
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
         dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).deep_keys)), learner, manifest)
-    widened = {"random.torch": dense["random.torch"]}
+    widened = {name: tensor for name, tensor in dense.items() if name == "random.torch" or name.startswith(GROUP)}
     for kind in ("weight", *_averages(learner)):
         widened |= _widened_kind(f"{kind}.", "", dense, before, after)
     for key in {key.rpartition(".")[2] for key in dense if key.startswith("optimizer.")}:
@@ -357,6 +361,7 @@ def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:
     for name, parameter in learner.parameters.items():
         for key, value in learner.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    tensors |= {f"{GROUP}{name}": value for name, value in group_scalars(learner.optimizer).items()}
     for kind, average in _averages(learner).items():
         tensors |= {f"{kind}.{name}": total for name, total in average.sums.items()}
     return tensors | {"random.torch": torch.get_rng_state()}
@@ -366,13 +371,12 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
     with torch.no_grad():
         for name, parameter in learner.parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
-            prefix = f"optimizer.{name}."
-            saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if saved:
+            if saved := _starting_with(f"optimizer.{name}.", tensors):
                 on_host = {"step"}
                 learner.optimizer.state[parameter] = {
                     key: value if key in on_host else value.to(parameter.device) for key, value in saved.items()
                 }
+    load_group_scalars(learner.optimizer, _starting_with(GROUP, tensors))
     for kind, average in _averages(learner).items():
         sums = {name: tensors[f"{kind}.{name}"] for name in average.sums}
         average.load(sums, manifest.average_steps[kind])
@@ -380,6 +384,10 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
         learner.scaler.load_state_dict(dict(manifest.loss_scale))
     learner.steps = manifest.steps
     torch.set_rng_state(tensors["random.torch"])
+
+
+def _starting_with(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _averages(learner: Learner) -> dict[str, MovingAverage]:

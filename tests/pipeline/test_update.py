@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
-from pipeline.config import UpdateConfig, load_config
+from pipeline.config import TrainingConfig, UpdateConfig, load_config
 from pipeline.data.encode import EncodedWindow, UserBags, encode
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -125,6 +125,25 @@ def _learn_all(config: UpdateConfig) -> list[UpdateReport]:
     return reports
 
 
+def _learn_all_in_memory(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch) -> list[UpdateReport]:
+    """As `_learn_all`, but nothing is restored from disk after the first update."""
+    import pipeline.update as update
+
+    kept = {}
+
+    def restore_once(settings: UpdateConfig, spec: object) -> object:
+        return kept.get("state") or restore_or_create(settings, spec)  # type: ignore[arg-type]
+
+    def save_and_keep(*args: object, **more: object) -> object:
+        kept["state"] = original(*args, **more)  # type: ignore[arg-type]
+        return kept["state"]
+
+    original = update.save
+    monkeypatch.setattr(update, "restore_or_create", restore_once)
+    monkeypatch.setattr(update, "save", save_and_keep)
+    return _learn_all(config)
+
+
 def _bits(config: UpdateConfig) -> dict[str, bytes]:
     """Every number that the current checkpoint holds."""
     state = restore_or_create(config, load_spec(config.dataset), Processes())
@@ -163,23 +182,31 @@ def test_twelve_windows_with_a_restart_between_each_equal_twelve_without(
     _ingest(config)
     together = config.model_copy(update={"model_name": "together"})
     _learn_all(config)
-
-    kept = {}
-    import pipeline.update as update
-
-    def restore_once(settings: UpdateConfig, spec: object) -> object:
-        return kept.get("state") or restore_or_create(settings, spec)  # type: ignore[arg-type]
-
-    def save_and_keep(*args: object, **more: object) -> object:
-        kept["state"] = original(*args, **more)  # type: ignore[arg-type]
-        return kept["state"]
-
-    original = update.save
-    monkeypatch.setattr(update, "restore_or_create", restore_once)
-    monkeypatch.setattr(update, "save", save_and_keep)
-    reports = _learn_all(together)
+    reports = _learn_all_in_memory(together, monkeypatch)
     assert len(reports) == 12
     assert sum(report.ids["user"].evicted for report in reports) > 0, "rows changed their owner"
+    assert _bits(config) == _bits(together)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"dense_optimizer": "lars", "dense_learning_rate": 0.1},
+        {"dense_optimizer": "lamb", "dense_learning_rate": 0.01},
+    ],
+    ids=str,
+)
+def test_optimizers_and_averages_go_on_from_disk_as_they_would_from_memory(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch, training: dict[str, object]
+) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    checked = TrainingConfig(**{**config.training.model_dump(), **training})
+    config = config.model_copy(update={"training": checked})
+    _ingest(config)
+    together = config.model_copy(update={"model_name": "together"})
+    _learn_all(config)
+    _learn_all_in_memory(together, monkeypatch)
     assert _bits(config) == _bits(together)
 
 
