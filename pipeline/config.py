@@ -91,6 +91,17 @@ class TrainingConfig(_Part):
     """Decay of the moving average of dense gradients; 0 for none. Needs an optimizer without momentum of its own."""
     weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of dense weights that is evaluated and published; 0 for none."""
+    sparse_gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the gradients of table rows, a sparse step; 0 for none. As much memory as the tables."""
+    sparse_weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of table rows, a sparse step, that is evaluated and published; 0 for none. As much memory as
+    the tables."""
+    cowclip: bool = False
+    """Clip the gradient of each embedding row by how often its id occurs in a sparse step (Zheng et al. 2022)."""
+    cowclip_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Bound of an occurrence, as a multiple of the row's length: r of the paper."""
+    cowclip_least: Annotated[float, Field(ge=0)] = 1e-5
+    """Least bound of an occurrence, for rows that are nearly zero: zeta of the paper."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of everything that is drawn: first weights and the order of rows."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3

@@ -132,7 +132,7 @@ def save(
         model_fingerprint=model_fingerprint(config),
         precision=learner.precision,
         steps=learner.steps,
-        average_steps={name: average.steps for name, average in _averages(learner).items()},
+        average_steps={name: average.steps for name, average in (_averages(learner) | learner.sparse_step.averages()).items()},
         loss_scale=learner.scaler.state_dict(),
         log_id=cursor.log_id,
         log_version=cursor.log_version,
@@ -177,6 +177,7 @@ def admit_ids(
         return window, {}
     learner = state.learner
     fresh = {name: admission.fresh_rows for name, admission in admissions.items()}
+    learner.sparse_step.forget(fresh)
     learner.model.tables.start_rows(fresh, like=SHARED_ROW, add_up=learner.processes.add_up)
     figures = {name: admission.figures for name, admission in admissions.items()}
     return look_up_again(window, examples, spec, state.ids), figures
@@ -314,7 +315,7 @@ def _widened(
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
         dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).deep_keys)), learner, manifest)
-    widened = {name: tensor for name, tensor in dense.items() if name == "random.torch" or name.startswith(GROUP)}
+    widened = {name: tensor for name, tensor in dense.items() if name.startswith(("random.torch", GROUP, "row_"))}
     for kind in ("weight", *_averages(learner)):
         widened |= _widened_kind(f"{kind}.", "", dense, before, after)
     for key in {key.rpartition(".")[2] for key in dense if key.startswith("optimizer.")}:
@@ -364,6 +365,8 @@ def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:
     tensors |= {f"{GROUP}{name}": value for name, value in group_scalars(learner.optimizer).items()}
     for kind, average in _averages(learner).items():
         tensors |= {f"{kind}.{name}": total for name, total in average.sums.items()}
+    for kind, of_rows in learner.sparse_step.averages().items():
+        tensors |= {f"{kind}.{name}": tensor for name, tensor in of_rows.tensors().items()}
     return tensors | {"random.torch": torch.get_rng_state()}
 
 
@@ -380,6 +383,9 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
     for kind, average in _averages(learner).items():
         sums = {name: tensors[f"{kind}.{name}"] for name in average.sums}
         average.load(sums, manifest.average_steps[kind])
+    for kind, of_rows in learner.sparse_step.averages().items():
+        if kind in manifest.average_steps:
+            of_rows.load(_starting_with(f"{kind}.", tensors), manifest.average_steps[kind])
     if manifest.loss_scale and learner.precision == "fp16":
         learner.scaler.load_state_dict(dict(manifest.loss_scale))
     learner.steps = manifest.steps

@@ -191,8 +191,8 @@ def test_twelve_windows_with_a_restart_between_each_equal_twelve_without(
 @pytest.mark.parametrize(
     "training",
     [
-        {"dense_optimizer": "lars", "dense_learning_rate": 0.1},
-        {"dense_optimizer": "lamb", "dense_learning_rate": 0.01},
+        {"dense_optimizer": "lars", "sparse_gradient_ema": 0.8, "cowclip": True, "cowclip_ratio": 0.01, "sparse_step_rows": 0},
+        {"dense_optimizer": "lamb", "sparse_weight_ema": 0.8, "sparse_step_rows": 128},
     ],
     ids=str,
 )
@@ -208,6 +208,24 @@ def test_optimizers_and_averages_go_on_from_disk_as_they_would_from_memory(
     _learn_all(config)
     _learn_all_in_memory(together, monkeypatch)
     assert _bits(config) == _bits(together)
+
+
+def test_the_averages_of_table_rows_are_what_is_evaluated_and_published(config: UpdateConfig, tmp_path: Path) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    checked = TrainingConfig(**{**config.training.model_dump(), "sparse_weight_ema": 0.9, "sparse_step_rows": 0})
+    config = config.model_copy(update={"training": checked})
+    _ingest(config)
+    report, spec = _learn_all(config)[-1], load_spec(config.dataset)
+    state = restore_or_create(config, spec, Processes())
+    live, bits = _predicted(state, config, spec), _bits(config)
+    export_predictor(state, spec, config.model, tmp_path / "served")
+    with state.learner.averaged():
+        averaged = _predicted(state, config, spec)
+    np.testing.assert_array_equal(_predicted(load_predictor(tmp_path / "served"), config, spec), averaged)
+    assert np.abs(averaged - live).max() > 1e-3
+    assert _bits(config) == bits, "looking at the averages moves no weight"
+    assert report.after is not None
 
 
 def test_out_of_time_rows_are_learned_by_the_next_update_and_the_budget_holds(config: UpdateConfig) -> None:
