@@ -1,6 +1,6 @@
 """Can a model learn from clicks alone what it would learn from impressions? And do the drawn negatives give themselves away?
 
-In:  the brunch reads (clicks only, as logged) and the brunch impressions of the same hours, from a folder beside the repository.
+In:  the brunch reads (clicks only, as logged) and impressions of the same hours, from a folder beside the repository.
 Out: one table of mean hourly AUC and log loss on the impressions, one of what single bits tell of the labels.
 
 Hourly test-then-train. Every system is judged on the same rows, the impressions of an hour, before it learns that hour. One
