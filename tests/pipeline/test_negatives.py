@@ -235,13 +235,13 @@ def test_weights_and_logit_shifts_are_the_same_correction(
         )
         for kind in kinds
     )
-    assert logq.logit_shifts_R is not None
+    assert logq.shift_R is not None
     assert logq.judged_weights_R is not None
-    np.testing.assert_allclose(np.exp(logq.logit_shifts_R[80:]), weights.examples.weights_R[80:], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(logq.shift_R[80:]), weights.examples.weights_R[80:], rtol=1e-5)
     np.testing.assert_allclose(logq.judged_weights_R, weights.examples.weights_R)
     assert (logq.examples.weights_R == 1).all()
     assert (none.examples.weights_R == 1).all()
-    assert none.logit_shifts_R is None
+    assert none.shift_R is None
 
 
 def test_shifted_logits_are_what_is_learned(small_spec: DatasetSpec, small_examples: Callable[..., Examples]) -> None:
@@ -271,7 +271,7 @@ def test_shifted_logits_are_what_is_learned(small_spec: DatasetSpec, small_examp
     learner = Learner(model, TrainingConfig(micro_batch_size=16), precision="fp32", device=device)
     shifts = np.random.default_rng(0).normal(size=64).astype(np.float32)
     before = probabilities(model, learner.dense_weights(averaged=False), window, device=device)
-    shifted = replace(window, logit_shifts_R=shifts)
+    shifted = replace(window, shift_R=shifts)
     np.testing.assert_array_equal(before, probabilities(model, learner.dense_weights(averaged=False), shifted, device=device))
     chunk = learner.look_up(shifted.minibatch(np.arange(64)))
     result = learner.step(chunk, slice(0, 64), divisor=64.0, learning_rate=0.001)
