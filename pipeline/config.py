@@ -71,8 +71,9 @@ class TrainingConfig(_Part):
     """Embeddings step once in at least this many rows, with the gradients of all batches in them; 0 for once a batch."""
     precision: Precision = "auto"
     """Arithmetic of the dense network; `auto` measures what this machine is fastest at when the model is first made."""
-    dense_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    """Of the dense network."""
+    dense_optimizer: Literal["adam", "adagrad", "sgd", "lars", "lamb"] = "adam"
+    """Of the dense network. `lars` and `lamb` scale each matrix's step to its norm, for very large batches; `lars` wants a
+    dense_learning_rate of about 0.1."""
     dense_learning_rate: Annotated[float, Field(gt=0)] = 0.001
     """Of the dense network."""
     sparse_optimizer: Literal["adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
@@ -90,6 +91,17 @@ class TrainingConfig(_Part):
     """Decay of the moving average of dense gradients; 0 for none. Needs an optimizer without momentum of its own."""
     weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of dense weights that is evaluated and published; 0 for none."""
+    sparse_gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the gradients of table rows, a sparse step; 0 for none. As much memory as the tables."""
+    sparse_weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of table rows, a sparse step, that is evaluated and published; 0 for none. As much memory as
+    the tables."""
+    cowclip: bool = False
+    """Clip the gradient of each embedding row by how often its id occurs in a sparse step (Zheng et al. 2022)."""
+    cowclip_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Bound of an occurrence, as a multiple of the row's length: r of the paper."""
+    cowclip_least: Annotated[float, Field(ge=0)] = 1e-5
+    """Least bound of an occurrence, for rows that are nearly zero: zeta of the paper."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of everything that is drawn: first weights and the order of rows."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
@@ -97,10 +109,10 @@ class TrainingConfig(_Part):
 
     @model_validator(mode="after")
     def _smoothed_once(self) -> Self:
-        if self.gradient_ema > 0 and self.dense_optimizer == "adam":
+        if self.gradient_ema > 0 and self.dense_optimizer in ("adam", "lars", "lamb"):
             raise ValueError(
-                f"gradient_ema = {self.gradient_ema} with dense_optimizer = 'adam' smooths the gradient twice; "
-                "use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
+                f"gradient_ema = {self.gradient_ema} with dense_optimizer = '{self.dense_optimizer}' smooths the gradient "
+                "twice; use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
             )
         return self
 

@@ -209,14 +209,15 @@ def _evaluate(state: ModelState, rows: _Rows, config: UpdateConfig, deadline: De
     learner = state.learner
     chosen = rows.evaluated[: config.evaluation.max_rows]
     stop_at = min(deadline.seconds_used() + EVALUATION_SHARE * deadline.budget_seconds, deadline.budget_seconds)
-    scored = probabilities(
-        learner.model,
-        learner.dense_weights(averaged=True),
-        rows.encoded,
-        chosen,
-        device=learner.device,
-        go_on=lambda: deadline.seconds_used() < stop_at,
-    )
+    with learner.averaged() as dense_weights:
+        scored = probabilities(
+            learner.model,
+            dense_weights,
+            rows.encoded,
+            chosen,
+            device=learner.device,
+            go_on=lambda: deadline.seconds_used() < stop_at,
+        )
     return _measure(rows, chosen[: len(scored)], scored)
 
 
@@ -289,13 +290,15 @@ def _publish(
         return ()
     examples = rows.examples.take(np.arange(len(rows.sample)))
     try:
+        with saved.learner.averaged():
+            example_probabilities = predictor_of(saved, spec).predict_examples(examples)
         return publish_update(
             config,
             spec,
             saved,
             report,
             example=rows.sample,
-            example_probabilities=predictor_of(saved, spec).predict_examples(examples),
+            example_probabilities=example_probabilities,
             bins=before.bins if before else (),
         )
     except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
@@ -339,7 +342,7 @@ def _report(
         loss_curve=learned.loss_curve,
         skipped_steps=learned.skipped_steps,
         git_commit=_git_commit(),
-        notes=(*saved.notes, *_notes(window, learned, measured)),
+        notes=(*saved.notes, *saved.learner.sparse_step.notes(), *_notes(window, learned, measured)),
         ids=rows.ids,
     )
 
