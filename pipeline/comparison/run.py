@@ -3,7 +3,7 @@
 Enters: settings, windows. Leaves: a `StrategyRun`: the figures of every window, and the loss of a fixed set of rows on the way.
 
 The last window is predicted and not learned: nothing comes after it. Some of its rows are the probe: no strategy ever learns
-them, so that their log loss, taken at eight places of every window, moves with the weights alone.
+them, so that their log loss, taken before every window and at eight places in it, moves with the weights alone.
 
 What differs from an update: rows over `window.max_rows`, and rows that a pass did not come to in `budget.seconds`, are not
 learned later; counters and histories know of all rows. `budget.seconds` is learning alone: there is nothing to keep a reserve
@@ -68,7 +68,9 @@ class ProbePoint:
     """The log loss of the probe at one moment."""
 
     window: int
-    """Position of the window that was being learned."""
+    """Position in the stream of the window that was being learned."""
+    place: float
+    """In windows: the position, and the share of the window that was passed by then."""
     rows: int
     """Learned since the start of the stream."""
     seconds: float
@@ -167,8 +169,8 @@ class _Entrant:
     def _score(self, window: RecordedWindow, rows: I64) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """By the weights that an update would publish."""
         learner = self.learner
-        weights = learner.dense_weights(averaged=True)
-        return probabilities(learner.model, weights, window.predicted, rows, device=learner.device)
+        with learner.averaged() as dense_weights:
+            return probabilities(learner.model, dense_weights, window.predicted, rows, device=learner.device)
 
     def _learn(self, number: int, window: RecordedWindow) -> tuple[Learned, float, int]:
         learner, clock = self.learner, self._clock
@@ -176,11 +178,14 @@ class _Entrant:
             learner.model.tables.start_rows(window.fresh_rows, like=SHARED_ROW, add_up=learner.processes.add_up)
         started, steps_before = clock(), learner.steps
         marks = _Marks(min(window.num_rows, self._config.window.max_rows))
+        with clock.paused():
+            self._probe(number, passed=0.0, rows=self._rows, seconds=self._seconds)
 
         def along(done: int, rows: int) -> None:
             if marks.reached(done):
+                seconds = self._seconds + clock() - started
                 with clock.paused():
-                    self._probe(number, rows=self._rows + done, seconds=self._seconds + clock() - started)
+                    self._probe(number, passed=done / marks.rows, rows=self._rows + done, seconds=seconds)
 
         learned = learn(
             learner,
@@ -195,12 +200,12 @@ class _Entrant:
         self._seconds += seconds
         return learned, seconds, learner.steps - steps_before
 
-    def _probe(self, number: int, *, rows: int, seconds: float) -> None:
+    def _probe(self, number: int, *, passed: float, rows: int, seconds: float) -> None:
         labels_P = self._probe_window.predicted.labels_R[self._probe_rows]
         scored_P = self._score(self._probe_window, self._probe_rows).astype(np.float64)
         right_P = np.clip(np.where(labels_P == 1, scored_P, 1 - scored_P), LEAST_PROBABILITY, 1.0)
-        point = ProbePoint(window=number, rows=rows, seconds=seconds, log_loss=float(-np.log(right_P).mean()))
-        self.probe.append(point)
+        loss = float(-np.log(right_P).mean())
+        self.probe.append(ProbePoint(window=number, place=number + passed, rows=rows, seconds=seconds, log_loss=loss))
 
 
 @dataclass

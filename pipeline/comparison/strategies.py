@@ -31,6 +31,8 @@ STRATEGIES = (
     Strategy(name="fixed 1", overrides=_fixed(1, "window.max_rows=100")),
     Strategy(name="fixed 512", overrides=_fixed(REFERENCE_BATCH)),
     Strategy(name="fixed 4096", overrides=_fixed(4096)),
+    Strategy(name="4096 CowClip", overrides=_fixed(4096, "training.cowclip=true")),
+    Strategy(name="32768 CowClip", overrides=_fixed(32768, "training.cowclip=true")),
 )
 """In the order in which tables and plots show them. A batch of 1 is too slow for all rows: it has a sample of each hour's."""
 

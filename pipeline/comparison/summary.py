@@ -29,8 +29,8 @@ class RunFigures:
     steps: float
     skipped_steps: float
     probe_spread: float
-    """Standard deviation of the probe's log loss over the places within a window, root mean square over windows; nats.
-    Over the judged windows; 0 where no window has two places."""
+    """Standard deviation of the probe's log loss over the places of a window, its start among them; root mean square over the
+    judged windows; nats."""
     auc_change: float
     """Mean absolute change of AUC from a judged window to the next."""
 

@@ -5,7 +5,7 @@ Enters: a `Comparison`. Leaves: bytes of a PNG. Means over seeds; at each window
 Letters: W windows, S seeds.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from pipeline.comparison.run import StrategyRun
@@ -65,26 +66,27 @@ def auc_by_seconds(comparison: Comparison) -> bytes:
 
 
 def probe_loss(comparison: Comparison) -> bytes:
-    """Log loss of the probe along the stream, one panel a strategy, the reference in each."""
+    """Log loss of the probe over the judged windows, one panel a strategy, the reference in each."""
     names = [line.strategy for line in comparison.lines if line.auc is not None]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = _canvas(10.0, 1.1 + 1.9 * rows)
+    figure = _canvas(10.0, 1.3 + 1.75 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    reference = _probe_curves(comparison.runs_of(comparison.reference))
+    reference = _probe_curves(comparison, comparison.reference)
     for place, axes in enumerate(panels.flat):
         if place >= len(names):
             axes.set_visible(False)
             continue
         _probe_panel(axes, names[place], comparison, reference)
-    for axes in panels[-1]:
-        axes.set_xlabel("windows learned", fontsize=10)
+        if place + columns >= len(names):
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("windows learned", fontsize=10)
     figure.supylabel("log loss of the probe (nats)", fontsize=11)
     figure.suptitle(
-        "Log loss of the same rows, which nobody learns: a line a seed; grey: the reference's mean",
+        "Log loss of the same rows, which nobody learns. A line a seed; grey: the reference's mean",
         x=0.01,
         ha="left",
-        fontsize=13,
+        fontsize=12.5,
         fontweight="bold",
     )
     return _png(figure)
@@ -143,19 +145,27 @@ def _name_lines(axes: Axes, lines: Sequence[_Line]) -> None:
     low, high = axes.get_ylim()
     ordered = sorted(lines, key=lambda line: -line.auc_W[-1])
     ends = [(float(line.auc_W[-1]) - low) / (high - low) for line in ordered]
-    heights = _apart(ends, least=0.056)
-    for line, height in zip(ordered, heights, strict=True):
+    for line, height in zip(ordered, _apart(ends, least=0.056), strict=True):
+        left, right = 1.035, 1.095
+        axes.annotate(
+            "",
+            (line.x_W[-1], line.auc_W[-1]),
+            xytext=(left - 0.003, height),
+            textcoords="axes fraction",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#9a9a9a", "lw": 0.8, "ls": ":", "shrinkA": 0, "shrinkB": 4},
+        )
+        sample: dict[str, Any] = {"color": line.colour, "linestyle": line.style, "linewidth": line.width}
+        axes.add_line(Line2D([left, right], [height, height], transform=axes.transAxes, clip_on=False, **sample))
         axes.annotate(
             f"{line.name}  {line.auc_W[-1]:.4f}",
-            (line.x_W[-1], line.auc_W[-1]),
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            color=line.colour,
+            (right + 0.012, height),
+            xycoords="axes fraction",
+            color="#222222",
             fontsize=10.5,
             fontweight="bold" if line.colour == BLACK else "normal",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": line.colour, "lw": 0.7, "alpha": 0.45, "shrinkA": 0, "shrinkB": 3},
         )
 
 
@@ -192,31 +202,24 @@ def _bottom(group: Sequence[float], least: float) -> float:
 
 def _probe_panel(axes: Axes, name: str, comparison: Comparison, reference: Sequence[tuple[F64, F64]]) -> None:
     _tidy(axes)
-    line = comparison.line(name)
-    is_reference = name == comparison.reference
+    spread = comparison.line(name).probe_spread
     axes.plot(*_mean_curve(reference), color="#9a9a9a", lw=2.4)
-    for places, losses in _probe_curves(comparison.runs_of(name)):
-        axes.plot(places, losses, color=BLACK if is_reference else BLUE, lw=0.8, alpha=0.75)
+    for places, losses in _probe_curves(comparison, name):
+        axes.plot(places, losses, color=BLACK if name == comparison.reference else BLUE, lw=0.8, alpha=0.75)
     axes.tick_params(labelsize=9)
-    spread = f"spread {line.probe_spread.mean:.4f}" if line.probe_spread is not None else ""
     axes.set_title(f"{name}\n", loc="left", fontsize=10.5, fontweight="bold", pad=-2)
-    axes.annotate(
-        spread, (0, 1), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points", color=_GREY, fontsize=9.5
-    )
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    words = f"spread within a window {spread.mean:.4f}" if spread is not None else ""
+    axes.annotate(words, (0, 1), xytext=(0, 3), color=_GREY, fontsize=9.5, **place)
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
-def _probe_curves(runs: Sequence[StrategyRun]) -> list[tuple[F64, F64]]:
-    """Of each seed: the place in the stream, in windows, and the probe's loss there."""
+def _probe_curves(comparison: Comparison, name: str) -> list[tuple[F64, F64]]:
+    """Of each seed: the place in the stream, in windows, and the probe's loss there; of the judged windows."""
     curves = []
-    for run in runs:
-        by_window: Mapping[int, int] = {n: sum(p.window == n for p in run.probe) for n in {p.window for p in run.probe}}
-        seen: dict[int, int] = {}
-        places = []
-        for point in run.probe:
-            seen[point.window] = seen.get(point.window, 0) + 1
-            places.append(point.window + seen[point.window] / by_window[point.window])
-        curves.append((np.array(places), np.array([point.log_loss for point in run.probe])))
+    for run in comparison.runs_of(name):
+        points = [point for point in run.probe if run.windows[point.window].start >= comparison.first_judged]
+        curves.append((np.array([point.place for point in points]), np.array([point.log_loss for point in points])))
     return curves
 
 
