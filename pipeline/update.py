@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -18,10 +17,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from data_schemas.dataset import DatasetSpec, load_spec
-from data_schemas.errors import UpdateInProgress
 from data_schemas.examples import F32, I64, Examples
 from models.id_table import IdFigures
 from models.memory import MemoryReport
@@ -33,6 +30,7 @@ from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Window, as_time, next_window, read_window
 from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
 from pipeline.evaluation.score import probabilities
+from pipeline.lock import alone
 from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.predictor import export_predictor, load_predictor, predictor_of
@@ -77,7 +75,7 @@ def run_update(
     """
     spec = load_spec(config.dataset)
     stages = _Stages(stage, clock)
-    with _alone(config.model_dir):
+    with alone(config.model_dir):
         history = read_history(config.model_dir)
         state = stages.run("restore", lambda: restore_or_create(config, spec))
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now or datetime.now(UTC)))
@@ -372,20 +370,6 @@ def _one_line(report: UpdateReport) -> str:
         f"version {report.version}, AUC before learning {'-' if auc is None else f'{auc:.4f}'}, "
         f"{report.total_seconds:.1f} of {report.budget_seconds:.0f} s"
     )
-
-
-@contextmanager
-def _alone(model_dir: Path) -> Iterator[None]:
-    """Holds the model's lock; the kernel lets go of it when the process ends, however it ends."""
-    model_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(model_dir / "lock")
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout as error:
-        raise UpdateInProgress(
-            f"another update of the model in {model_dir} is running; wait for it, or use another model_name"
-        ) from error
 
 
 def _frozen_folder(config: UpdateConfig) -> Path:

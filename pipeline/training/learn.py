@@ -21,7 +21,7 @@ LOSS_POINTS = 200
 """Points of the loss curve at most."""
 
 Progress = Callable[[int, int], None]
-"""Called with rows learned and rows of the window."""
+"""Called with rows learned and rows to learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Learned:
     rows: int
     """Rows learned: the first `rows` of the permutation, but for those of skipped steps."""
     unreached_R: npt.NDArray[np.bool_]
-    """True for rows of the window that the pass did not come to."""
+    """True for rows of the window that the pass did not come to; rows left out by sampling are passed by like the others."""
     last_batch_size: int
     """Rows of the last step."""
     plan: tuple[PlanRecord, ...]
@@ -49,12 +49,26 @@ def learn(
     policy: BatchPolicy,
     deadline: Deadline | None = None,
     progress: Progress = lambda done, rows: None,
+    stratum_R: npt.NDArray[np.int32] | None = None,
+    kept_R: npt.NDArray[np.bool_] | None = None,
 ) -> Learned:
-    """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached."""
+    """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached.
+
+    Args:
+        learner: changed in place.
+        window: encoded; its weights are one over the inclusion probability.
+        seed: of the order.
+        policy: the size and the rate of each step.
+        deadline: none: the whole window is learned.
+        progress: called after each step.
+        stratum_R: batches mirror these strata.
+        kept_R: only these rows are learned; the others are reached as the pass goes by.
+    """
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
-    cursor = BatchCursor.of(window.num_rows, seed=seed)
-    trace = _Trace(window.num_rows)
-    mean_weight = float(window.weights_R.mean()) if window.num_rows else 1.0
+    cursor = BatchCursor.of(window.num_rows, seed=seed, stratum_R=stratum_R, kept_R=kept_R)
+    num_rows = cursor.remaining
+    trace = _Trace(num_rows)
+    mean_weight = float(window.weights_R[slice(None) if kept_R is None else kept_R].mean()) if num_rows else 1.0
     stopwatch = _Stopwatch(deadline, learner.processes)
     while not stopwatch.out_of_time and (batches := _plan_chunk(cursor, policy, trace.steps, learner.config.sparse_step_rows)):
         chunk, own_rows = _look_up(learner, window, batches)
@@ -65,10 +79,10 @@ def learn(
             divisor = len(batch.rows) * mean_weight
             result = learner.step(chunk, rows, divisor=divisor, learning_rate=batch.decision.learning_rate)
             trace.add(batch, result, seconds=stopwatch.seconds())
-            progress(batch.position + len(batch.rows), window.num_rows)
+            progress(batch.position + len(batch.rows), num_rows)
         learner.finish(chunk)
     unreached_R = np.zeros(window.num_rows, bool)
-    unreached_R[cursor.order_R[cursor.position :]] = True
+    unreached_R[cursor.unreached()] = True
     return trace.learned(unreached_R)
 
 
