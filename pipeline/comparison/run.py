@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from data_schemas.dataset import DatasetSpec
@@ -30,10 +31,12 @@ from pipeline.config import UpdateConfig, overridden
 from pipeline.evaluation.metrics import LEAST_PROBABILITY, Metrics, measure
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import restore_or_create
-from pipeline.training.batch_size import BatchPolicy, Decision, FixedBatch
+from pipeline.training.batch_size import BatchPolicy, FixedBatch
 from pipeline.training.budget import Clock, Deadline
 from pipeline.training.learn import Learned, learn
 from pipeline.training.learner import Learner
+
+Bools = npt.NDArray[np.bool_]
 
 PROBE_ROWS = 1_000
 """Rows of the probe at most."""
@@ -194,6 +197,7 @@ class _Entrant:
             policy=_policy(self._config),
             deadline=Deadline(started=started, budget_seconds=self._config.budget.seconds, reserve_seconds=0.0, clock=clock),
             progress=along,
+            kept_R=_kept(window, self._config),
         )
         seconds = clock() - started
         self._rows += learned.rows
@@ -247,19 +251,16 @@ class _LearningClock:
         return clock()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Capped:
-    """A policy that hands out the first `max_rows` rows of the permutation: a uniform sample of the window."""
-
-    policy: BatchPolicy
-    max_rows: int
-
-    def decide(self, *, step: int, position: int) -> Decision | None:
-        """As the policy decides, until the cap."""
-        return self.policy.decide(step=step, position=position) if position < self.max_rows else None
+def _kept(window: RecordedWindow, config: UpdateConfig) -> Bools | None:
+    """`[R]` a uniform sample of `window.max_rows` rows, the same for all strategies of a seed; None: all rows."""
+    if window.num_rows <= config.window.max_rows:
+        return None
+    drawn = np.random.default_rng([config.training.seed, window.end, 2]).permutation(window.num_rows)
+    kept_R = np.zeros(window.num_rows, bool)
+    kept_R[drawn[: config.window.max_rows]] = True
+    return kept_R
 
 
 def _policy(config: UpdateConfig) -> BatchPolicy:
     training = config.training
-    own = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
-    return _Capped(policy=own, max_rows=config.window.max_rows)
+    return FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
