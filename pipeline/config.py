@@ -117,6 +117,44 @@ class TrainingConfig(_Part):
         return self
 
 
+class SamplingConfig(_Part):
+    """Which rows a step sees, and with what probability."""
+
+    negatives: Literal["none", "uniform", "popularity", "in_batch", "hard"] = "none"
+    """How a log of clicks only gets rows that were not clicked, from the items that are live in the same hour: all alike, as
+    their clicks to the `popularity_power`, as the items of other clicks of a batch, or the model's own top of
+    `hard_candidates`. `none` is for logs with a label."""
+    negatives_per_positive: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Drawn for each click, so that the published probability is that of a click among so many others."""
+    popularity_power: Annotated[float, Field(ge=0, le=2)] = 0.75
+    """The law of exposure: an item is taken to be shown as its clicks of the hour to this power."""
+    negative_correction: Literal["weights", "logq", "none"] = "weights"
+    """How rows that were drawn by another law than that of exposure are put right: by a weight, by a shift of the logits
+    while learning (not with `hard`), or not at all."""
+    negatives_trailing_hours: Annotated[int, Field(ge=0, le=168)] = 0
+    """An item counts as live for so many hours after one in which it was clicked. Above 0 it leaks: clicks tell which items
+    are live now, so a drawn item that is not betrays itself by its age."""
+    in_batch_clicks: Annotated[int, Field(ge=2)] = 256
+    """With `in_batch`: clicks of one hour whose items are each other's negatives."""
+    hard_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With `hard`: the share of a click's negatives that is the model's own top, rounded; at least one is left to chance."""
+    hard_candidates: Annotated[int, Field(ge=2, le=1000)] = 16
+    """With `hard`: items drawn for each click by the law of exposure, which the model then scores."""
+
+    @model_validator(mode="after")
+    def _hard_can_be_drawn(self) -> Self:
+        if self.negatives != "hard":
+            return self
+        if not 2 <= self.negatives_per_positive <= self.hard_candidates:
+            raise ValueError(
+                f"negatives = 'hard' takes negatives_per_positive of hard_candidates, 2 or more, one of them left to chance; "
+                f"got {self.negatives_per_positive} of {self.hard_candidates}"
+            )
+        if self.negative_correction == "logq":
+            raise ValueError("negatives = 'hard' has no law for negative_correction = 'logq'; use 'weights' or 'none'")
+        return self
+
+
 class BudgetConfig(_Part):
     """The deadline."""
 
@@ -170,6 +208,7 @@ class UpdateConfig(BaseSettings):
     window: WindowConfig = WindowConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    sampling: SamplingConfig = SamplingConfig()
     budget: BudgetConfig = BudgetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+import numpy as np
 import torch
 
 from data_schemas.dataset import DatasetSpec
@@ -158,7 +159,13 @@ def save(
 
 
 def admit_ids(
-    state: ModelState, examples: Examples, window: EncodedWindow, spec: DatasetSpec, *, hour: int
+    state: ModelState,
+    examples: Examples,
+    window: EncodedWindow,
+    spec: DatasetSpec,
+    *,
+    hour: int,
+    num_counted: int | None = None,
 ) -> tuple[EncodedWindow, dict[str, IdFigures]]:
     """Counts a window's ids before it is learned; those seen often enough get rows that start as the shared row does.
 
@@ -168,11 +175,13 @@ def admit_ids(
         window: the same, as they were predicted.
         spec: of the model.
         hour: the start of the window, in hours since 1970.
+        num_counted: the first so many rows are sightings of their ids; the others were drawn. None: all are.
 
     Returns:
         The window with the rows that its ids have now, and what happened, by feature with admitted ids.
     """
-    admissions = state.ids.admit(examples, hour)
+    counted = examples if num_counted in (None, examples.num_rows) else examples.take(np.arange(num_counted))
+    admissions = state.ids.admit(counted, hour)
     if not admissions:
         return window, {}
     learner = state.learner

@@ -24,8 +24,9 @@ from models.id_table import IdFigures
 from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.encode import EncodedWindow, encode, num_normalised
-from pipeline.data.lake import ClickLog
+from pipeline.data.lake import ClickLog, RowRange
 from pipeline.data.loader import columns_to_read, to_examples
+from pipeline.data.negatives import require_sampler, with_negatives
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Window, as_time, next_window, read_window
 from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
@@ -74,6 +75,7 @@ def run_update(
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
     spec = load_spec(config.dataset)
+    require_sampler(spec, config.sampling)
     stages = _Stages(stage, clock)
     with alone(config.model_dir):
         history = read_history(config.model_dir)
@@ -82,7 +84,7 @@ def run_update(
         if window is None:
             return None
         deadline = _deadline(config, stages, history)
-        rows = stages.run("load", lambda: _load(click_log, window, state, spec))
+        rows = stages.run("load", lambda: _load(click_log, window, state, spec, config))
         before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, spec, deadline))
         rows, learned = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
@@ -101,7 +103,12 @@ class _Rows:
     """A window's rows in both forms, and those that are evaluated."""
 
     examples: Examples
+    """Those of the click log, then negatives that were drawn, where the log has none."""
     encoded: EncodedWindow
+    num_logged: int
+    """Rows of the click log: what is counted, remembered and consumed."""
+    judged_weights_R: F32
+    """Of the rows where they are evaluated."""
     evaluated: I64
     """Rows that are new to the model, in a random order, so that any prefix is a uniform sample of them.
 
@@ -112,6 +119,8 @@ class _Rows:
     """The first rows as they stand in the click log."""
     ids: Mapping[str, IdFigures] = field(default_factory=dict)
     """What the window did to admitted ids, once it was counted."""
+    notes: tuple[str, ...] = ()
+    """What was drawn."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +170,50 @@ def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now
     return click_log, next_window(click_log, state.cursor, config.window, now)
 
 
-def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec) -> _Rows:
+def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec, config: UpdateConfig) -> _Rows:
     """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
     table = read_window(click_log, window, columns_to_read(spec))
-    examples = to_examples(table, spec)
     seed = (state.learner.config.seed, window.end)
+
+    def encoded(examples: Examples) -> EncodedWindow:
+        return encode(examples, spec, state.memory, state.moments, hour=window.start, ids=state.ids)
+
+    drawn = with_negatives(
+        to_examples(table, spec),
+        spec,
+        config.sampling,
+        seed=[*seed, 2],
+        scores=lambda candidates: _scores(state, encoded(candidates)),
+        before=_trailing_rows(click_log, window, spec, config.sampling.negatives_trailing_hours),
+    )
+    examples = drawn.examples
     new = np.flatnonzero(examples.hour_R >= window.start)
     return _Rows(
         examples=examples,
-        encoded=encode(examples, spec, state.memory, state.moments, hour=window.start, ids=state.ids),
+        encoded=replace(encoded(examples), logit_shifts_R=drawn.logit_shifts_R),
+        num_logged=drawn.num_logged,
+        judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),
         seed=seed,
         sample=_raw_sample(table),
+        notes=drawn.notes,
     )
+
+
+def _trailing_rows(click_log: ClickLog, window: Window, spec: DatasetSpec, trailing_hours: int) -> Examples | None:
+    """Rows of the hours before the window, where the settings let negatives come from them."""
+    if not trailing_hours:
+        return None
+    files = [file for file in click_log.files(window.log_version) if window.start - trailing_hours <= file.hour < window.start]
+    if not files:
+        return None
+    ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in files]
+    return to_examples(click_log.read(ranges, columns_to_read(spec)), spec)
+
+
+def _scores(state: ModelState, encoded: EncodedWindow) -> F32:
+    learner = state.learner
+    return probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
 
 
 def _raw_sample(table: pa.Table) -> pd.DataFrame:
@@ -223,7 +263,7 @@ def _measure(rows: _Rows, chosen: I64, scored: F32) -> _Score | None:
     if not len(chosen):
         return None
     labels, users = rows.encoded.labels_R[chosen], rows.encoded.user_R[chosen]
-    weights = rows.encoded.weights_R[chosen]
+    weights = rows.judged_weights_R[chosen]
     return _Score(measure(labels, scored, users, weights), calibration_bins(labels, scored, weights))
 
 
@@ -237,7 +277,7 @@ def _learn(
     progress: Progress,
 ) -> tuple[_Rows, Learned]:
     """What was done, and the rows as they were learned: new ids may have rows of their own now."""
-    encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start)
+    encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, num_counted=rows.num_logged)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
     policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
     learned = learn(state.learner, rows.encoded, seed=rows.seed, policy=policy, deadline=deadline, progress=progress)
@@ -248,12 +288,12 @@ def _checkpoint(
     state: ModelState, rows: _Rows, window: Window, learned: Learned, config: UpdateConfig, spec: DatasetSpec
 ) -> ModelState:
     """The state as saved; from now on it serves, and its rows are consumed."""
-    reached = np.flatnonzero(~learned.unreached_R)
+    reached, logged = np.flatnonzero(~learned.unreached_R), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
-    remembered = state.memory.add(rows.examples.take(reached), window.start)
+    remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    saved = save(state, window, learned, config, spec, seed=rows.seed)
+    saved = save(state, window, logged, config, spec, seed=rows.seed)
     folder = _frozen_folder(config)
     frozen_after = config.evaluation.frozen_after_updates
     if frozen_after and saved.version >= frozen_after and not folder.is_dir():
@@ -315,7 +355,7 @@ def _report(
     seconds: dict[str, float],
 ) -> UpdateReport:
     before, after, frozen = (score.metrics if score else None for score in (scores.before, scores.after, scores.frozen))
-    measured = before or after
+    measured, logged = before or after, learned.first(rows.num_logged)
     return UpdateReport(
         dataset=spec.name,
         model_name=config.model_name,
@@ -326,7 +366,7 @@ def _report(
         window_end=as_time(window.end),
         rows=window.num_rows,
         late_rows=window.late_rows,
-        rows_learned=learned.rows,
+        rows_learned=logged.rows,
         rows_pending=sum(piece.num_rows for piece in saved.cursor.pending if piece.file.hour < window.end),
         batch_size=learned.last_batch_size,
         precision=saved.learner.precision,
@@ -340,12 +380,17 @@ def _report(
         loss_curve=learned.loss_curve,
         skipped_steps=learned.skipped_steps,
         git_commit=_git_commit(),
-        notes=(*saved.notes, *saved.learner.sparse_step.notes(), *_notes(window, learned, measured)),
+        notes=(
+            *saved.notes,
+            *saved.learner.sparse_step.notes(),
+            *rows.notes,
+            *_notes(window, logged, measured, rows.encoded.num_rows),
+        ),
         ids=rows.ids,
     )
 
 
-def _notes(window: Window, learned: Learned, measured: Metrics | None) -> Iterator[str]:
+def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows: int) -> Iterator[str]:
     """Everything that was not done as a reader would take for granted."""
     unreached = int(learned.unreached_R.sum())
     if unreached:
@@ -357,8 +402,8 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None) -> Iterat
         yield f"{window.late_rows:,} rows came late, for hours before this window"
     if learned.skipped_steps:
         yield f"{learned.skipped_steps} steps over {learned.skipped_rows:,} rows were skipped, their loss was not finite"
-    if measured and measured.rows < window.num_rows:
-        yield f"evaluated on a random {measured.rows:,} of {window.num_rows:,} rows"
+    if measured and measured.rows < num_rows:
+        yield f"evaluated on a random {measured.rows:,} of {num_rows:,} rows"
     if measured and measured.auc is None:
         yield f"all {measured.rows:,} evaluated rows are of one class: there is no AUC"
 

@@ -4,7 +4,7 @@ Enters: an encoded window and a learner. Leaves: the learner changed in place, a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,15 @@ class Learned:
     skipped_steps: int
     skipped_rows: int
     """Rows of skipped steps: not learned, and not learned later either."""
+
+    def first(self, num_rows: int) -> "Learned":
+        """What was done with the first rows of the window alone; those of skipped steps are shared out evenly."""
+        if num_rows == len(self.unreached_R):
+            return self
+        unreached_R = self.unreached_R[:num_rows]
+        reached, all_reached = num_rows - int(unreached_R.sum()), self.rows + self.skipped_rows
+        skipped = round(self.skipped_rows * reached / max(all_reached, 1))
+        return replace(self, rows=reached - skipped, unreached_R=unreached_R, skipped_rows=skipped)
 
 
 def learn(
