@@ -8,6 +8,7 @@ Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
 import os
 import tomllib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +24,9 @@ from pydantic_settings import (
 
 from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError
+from sampling.plan import Rules
+from sampling.strata import Allocation, StratifyBy
+from sampling.thinning import Correction, Method
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
@@ -118,8 +122,31 @@ class TrainingConfig(_Part):
 
 
 class SamplingConfig(_Part):
-    """Which rows a step sees, and with what probability."""
+    """Which rows of a window are learned, in what order, and what makes up for those left out."""
 
+    strata: tuple[StratifyBy, ...] = ()
+    """What rows are grouped by; the item's popularity and the user's activity are counted in the window, and the item's age
+    needs `ages` in the declaration."""
+    stratified_batches: bool = False
+    """Each batch mirrors the strata."""
+    negative_keep_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rows without a click that is learned; all clicks are."""
+    allocation: Allocation = "proportional"
+    """How what is kept of the rows without a click is spread over strata: the same rate in each, rows in proportion to the root
+    of the stratum's count, the same number of rows, or `given_keep_rates`."""
+    given_keep_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    """With `allocation` "given": the keep rate of each stratum by its name in the report, such as `"label=0" = 0.1`; a stratum
+    that is not named is kept whole."""
+    draw: Method = "poisson"
+    """Each row by itself, or a fixed number of each stratum."""
+    replacement: bool = False
+    """The same row may be drawn several times; with `draw` "fixed"."""
+    correction: Correction = "weights"
+    """What makes up for rows left out: a kept row weighs one over its probability, or the logits are shifted in training."""
+    max_rows_per_user: Annotated[int, Field(ge=0)] = 0
+    """Rows of one user learned from a window at most, drawn at random; nothing makes up for the others. 0 for no cap."""
+    max_rows_per_item: Annotated[int, Field(ge=0)] = 0
+    """The same for one item."""
     negatives: Literal["none", "uniform", "popularity", "in_batch", "hard"] = "none"
     """How a log of clicks only gets rows that were not clicked, from the items that are live in the same hour: all alike, as
     their clicks to the `popularity_power`, as the items of other clicks of a batch, or the model's own top of
@@ -142,6 +169,18 @@ class SamplingConfig(_Part):
     """With `hard`: items drawn for each click by the law of exposure, which the model then scores."""
 
     @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.strata)) != len(self.strata):
+            raise ValueError(f"strata names something twice: {list(self.strata)}; name each once")
+        if (self.allocation == "given") != bool(self.given_keep_rates):
+            raise ValueError("allocation 'given' and given_keep_rates go together; set both or neither")
+        if self.allocation == "given" and self.negative_keep_rate < 1:
+            raise ValueError("negative_keep_rate has no effect with allocation 'given'; leave it at 1.0")
+        if self.replacement and self.draw == "poisson":
+            raise ValueError("replacement needs draw 'fixed': 'poisson' draws a row once at most")
+        return self
+
+    @model_validator(mode="after")
     def _hard_can_be_drawn(self) -> Self:
         if self.negatives != "hard":
             return self
@@ -153,6 +192,10 @@ class SamplingConfig(_Part):
         if self.negative_correction == "logq":
             raise ValueError("negatives = 'hard' has no law for negative_correction = 'logq'; use 'weights' or 'none'")
         return self
+
+    def rules(self) -> Rules:
+        """As `sampling.plan` takes them."""
+        return Rules(**self.model_dump(include={field.name for field in fields(Rules)}))
 
 
 class BudgetConfig(_Part):

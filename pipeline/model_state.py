@@ -37,6 +37,7 @@ from pipeline.data.windows import Cursor, Window
 from pipeline.publishing.checkpoint import (
     Manifest,
     Moments,
+    Sampled,
     current_version,
     load_cursor,
     load_dense,
@@ -55,6 +56,7 @@ from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
 from pipeline.training.processes import Processes, shard_tables
 from pipeline.training.smoothing import MovingAverage
+from sampling.plan import SamplingPlan, as_table
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ def save(
     spec: DatasetSpec,
     *,
     seed: tuple[int, ...],
+    sampling: SamplingPlan | None = None,
 ) -> ModelState:
     """Publishes the state after a window as the next version; the state as saved."""
     learner = state.learner
@@ -142,6 +145,7 @@ def save(
         window_seed=seed,
         permutation_position=window.num_rows - int(learned.unreached_R.sum()),
         plan=tuple(vars(record) for record in learned.plan),
+        sampling=Sampled(settings=config.sampling.model_dump(mode="json"), plan=as_table(sampling)) if sampling else None,
         pending=pending,
         moments=Moments.of(state.moments),
     )

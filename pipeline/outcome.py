@@ -7,6 +7,7 @@ from typing import Literal
 
 from models.id_table import IdFigures
 from pipeline.evaluation.metrics import Metrics
+from sampling.plan import SamplingPlan
 
 Outcome = Literal["published", "empty"]
 
@@ -80,6 +81,8 @@ class UpdateReport:
     """Everything that was dropped, capped or skipped, in words."""
     ids: Mapping[str, IdFigures] = field(default_factory=dict)
     """By feature with `ids = "admitted"`."""
+    sampling: SamplingPlan | None = None
+    """What was to be learned of each stratum; None where the settings name no strata and leave no row out."""
 
     @property
     def total_seconds(self) -> float:

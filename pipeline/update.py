@@ -39,6 +39,8 @@ from pipeline.publishing.report import append_history, read_history
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.budget import Clock, Deadline, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
+from pipeline.training.sampling import sample_window
+from sampling.plan import SamplingPlan
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +88,10 @@ def run_update(
         deadline = _deadline(config, stages, history)
         rows = stages.run("load", lambda: _load(click_log, window, state, spec, config))
         before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, spec, deadline))
-        rows, learned = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
+        rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
-        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, config, spec))
-        report = _report(config, spec, window, saved, rows, learned, _Scores(before, after, frozen), stages.seconds)
+        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec))
+        report = _report(config, spec, window, saved, rows, learned, plan, _Scores(before, after, frozen), stages.seconds)
         append_history(config.model_dir, report)
         note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
         report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
@@ -190,7 +192,7 @@ def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetS
     new = np.flatnonzero(examples.hour_R >= window.start)
     return _Rows(
         examples=examples,
-        encoded=replace(encoded(examples), logit_shifts_R=drawn.logit_shifts_R),
+        encoded=replace(encoded(examples), shift_R=drawn.shift_R),
         num_logged=drawn.num_logged,
         judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),
@@ -275,17 +277,33 @@ def _learn(
     spec: DatasetSpec,
     deadline: Deadline,
     progress: Progress,
-) -> tuple[_Rows, Learned]:
-    """What was done, and the rows as they were learned: new ids may have rows of their own now."""
+) -> tuple[_Rows, Learned, SamplingPlan | None]:
+    """What was done, and all rows as they are now, those left out too: new ids may have rows of their own."""
     encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, num_counted=rows.num_logged)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
     policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
-    learned = learn(state.learner, rows.encoded, seed=rows.seed, policy=policy, deadline=deadline, progress=progress)
-    return rows, learned
+    sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
+    learned = learn(
+        state.learner,
+        sampled.window,
+        seed=rows.seed,
+        policy=policy,
+        deadline=deadline,
+        progress=progress,
+        stratum_R=sampled.stratum_R,
+        kept_R=sampled.kept_R,
+    )
+    return rows, learned, sampled.plan
 
 
 def _checkpoint(
-    state: ModelState, rows: _Rows, window: Window, learned: Learned, config: UpdateConfig, spec: DatasetSpec
+    state: ModelState,
+    rows: _Rows,
+    window: Window,
+    learned: Learned,
+    plan: SamplingPlan | None,
+    config: UpdateConfig,
+    spec: DatasetSpec,
 ) -> ModelState:
     """The state as saved; from now on it serves, and its rows are consumed."""
     reached, logged = np.flatnonzero(~learned.unreached_R), learned.first(rows.num_logged)
@@ -293,7 +311,7 @@ def _checkpoint(
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    saved = save(state, window, logged, config, spec, seed=rows.seed)
+    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan)
     folder = _frozen_folder(config)
     frozen_after = config.evaluation.frozen_after_updates
     if frozen_after and saved.version >= frozen_after and not folder.is_dir():
@@ -351,11 +369,13 @@ def _report(
     saved: ModelState,
     rows: _Rows,
     learned: Learned,
+    plan: SamplingPlan | None,
     scores: _Scores,
     seconds: dict[str, float],
 ) -> UpdateReport:
     before, after, frozen = (score.metrics if score else None for score in (scores.before, scores.after, scores.frozen))
     measured, logged = before or after, learned.first(rows.num_logged)
+    notes = (*saved.notes, *rows.notes, *_notes(window, logged, measured, rows.encoded.num_rows))
     return UpdateReport(
         dataset=spec.name,
         model_name=config.model_name,
@@ -385,8 +405,10 @@ def _report(
             *saved.learner.sparse_step.notes(),
             *rows.notes,
             *_notes(window, logged, measured, rows.encoded.num_rows),
+            *(plan.notes() if plan else ()),
         ),
         ids=rows.ids,
+        sampling=plan,
     )
 
 

@@ -30,6 +30,7 @@ from pipeline.config import UpdateConfig
 from pipeline.evaluation.metrics import Metrics
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import verdict
+from sampling.plan import as_table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 SHOWN_METRICS = ("auc", "gauc", "log_loss", "normalised_entropy", "copc", "ece")
 UPDATE_TAG = "tidemark.update_id"
 TIMELINE_TAG = "tidemark.timeline"
+SAMPLING_TABLE = "sampling_plan.json"
+"""The strata of a window: rows, probability, rows to learn."""
 PROBE_SECONDS = 3.0
 """A tracking server that does not answer for this long is taken to be down."""
 
@@ -198,6 +201,11 @@ def update_id(report: UpdateReport) -> str:
     )
 
 
+def tables_of(report: UpdateReport) -> dict[str, str]:
+    """File name to content of what MLflow shows as tables: the plan of a sampled window."""
+    return {SAMPLING_TABLE: json.dumps(as_table(report.sampling))} if report.sampling else {}
+
+
 def record_of(
     report: UpdateReport, config: UpdateConfig, *, texts: Mapping[str, str], images: Mapping[str, bytes]
 ) -> RunRecord:
@@ -281,13 +289,15 @@ def find_run(client: "MlflowClient", experiment: str, tag: str, value: str) -> A
 
 
 def _params(report: UpdateReport, config: UpdateConfig) -> dict[str, str]:
-    parts = config.model_dump(mode="json", include={"window", "model", "training", "budget", "evaluation"})
+    parts = config.model_dump(mode="json", include={"window", "model", "training", "sampling", "budget", "evaluation"})
     flat = {f"{part}.{name}": str(value) for part, values in parts.items() for name, value in values.items()}
     return flat | {"precision": report.precision, "batch_size": str(report.batch_size)}
 
 
 def _tags(report: UpdateReport) -> dict[str, str]:
-    return {
+    shown = json.dumps([{"path": name, "type": "table"} for name in tables_of(report)])
+    tables = {"mlflow.loggedArtifacts": shown} if report.sampling else {}
+    return tables | {
         "dataset": report.dataset,
         "model_name": report.model_name,
         "outcome": report.outcome,
@@ -316,6 +326,8 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     values |= {"seconds/total": report.total_seconds, "budget/share": report.total_seconds / report.budget_seconds}
     for feature, figures in report.ids.items():
         values |= {f"ids/{feature}/{name}": float(value) for name, value in asdict(figures).items()}
+    if report.sampling:
+        values |= {"rows/sampled": float(report.sampling.kept), "rows/effective": report.sampling.effective_rows}
     start = report.window_start.timestamp()
     return [
         MetricPoint(key=key, value=value, step=int(start // 3600), timestamp_ms=int(start * 1000))

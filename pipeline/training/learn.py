@@ -41,13 +41,13 @@ class Learned:
     """Rows of skipped steps: not learned, and not learned later either."""
 
     def first(self, num_rows: int) -> "Learned":
-        """What was done with the first rows of the window alone; those of skipped steps are shared out evenly."""
+        """What was done with the first rows of the window alone; what was skipped or left out is shared out evenly."""
         if num_rows == len(self.unreached_R):
             return self
         unreached_R = self.unreached_R[:num_rows]
-        reached, all_reached = num_rows - int(unreached_R.sum()), self.rows + self.skipped_rows
-        skipped = round(self.skipped_rows * reached / max(all_reached, 1))
-        return replace(self, rows=reached - skipped, unreached_R=unreached_R, skipped_rows=skipped)
+        share = (num_rows - int(unreached_R.sum())) / max(len(self.unreached_R) - int(self.unreached_R.sum()), 1)
+        rows, skipped_rows = round(self.rows * share), round(self.skipped_rows * share)
+        return replace(self, rows=rows, unreached_R=unreached_R, skipped_rows=skipped_rows)
 
 
 def learn(

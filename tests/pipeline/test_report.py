@@ -135,7 +135,7 @@ def test_the_history_round_trips(tmp_path: Path) -> None:
     assert first["notes"] == ["2 lists were capped"]
     assert (second["version"], second["before"]["auc"], second["frozen"]) == (13, None, None)
     left_out = {field.name for field in dataclasses.fields(UpdateReport)} - set(first)
-    assert left_out == {"plan", "loss_curve"}
+    assert left_out == {"plan", "loss_curve", "sampling"}
 
 
 def test_a_model_without_updates_has_no_history(tmp_path: Path) -> None:
