@@ -305,6 +305,29 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
 
 
+def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:
+    """The same settings, but for `overrides` such as `training.batch_size=1024`.
+
+    >>> overridden(load_config(), ["budget.seconds=60"]).budget.seconds
+    60.0
+
+    Raises:
+        ConfigError: an unknown setting, a value out of range, or settings that contradict each other.
+    """
+    try:
+        return UpdateConfig(**_merged(config.model_dump(), _nest(overrides)))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        merged[name] = _merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
+
+
 def _refuse_unknown_variables() -> None:
     known = {f"tidemark_{name}" for name in UpdateConfig.model_fields}
     for name in os.environ:

@@ -121,7 +121,7 @@ class Tracker:
 
     def log_metric(self, key: str, value: float, step: int) -> None:
         """Adds a point to the run that the next `log_update` writes; nothing is sent before."""
-        self._extra.append(MetricPoint(key=key, value=value, step=step, timestamp_ms=_now_ms()))
+        self._extra.append(MetricPoint(key=key, value=value, step=step, timestamp_ms=now_ms()))
 
     def log_update(
         self, report: UpdateReport, *, texts: Mapping[str, str] | None = None, images: Mapping[str, bytes] | None = None
@@ -210,7 +210,7 @@ def record_of(
     report: UpdateReport, config: UpdateConfig, *, texts: Mapping[str, str], images: Mapping[str, bytes]
 ) -> RunRecord:
     """The run of a report; pure."""
-    now = _now_ms()
+    now = now_ms()
     return RunRecord(
         update_id=update_id(report),
         name=f"{report.window_start.astimezone(UTC):%Y-%m-%dT%H} {report.model_name}",
@@ -363,12 +363,12 @@ def _write_once(client: "MlflowClient", experiment: str, record: RunRecord) -> s
     tags = record.tags | {UPDATE_TAG: record.update_id, "mlflow.parentRunId": timeline}
     run = client.create_run(experiment, run_name=record.name, tags=tags, start_time=record.start_ms)
     run_id = str(run.info.run_id)
-    _log_batches(client, run_id, [*record.hourly, *record.curves], record.params)
+    log_batches(client, run_id, [*record.hourly, *record.curves], record.params)
     for name, text in record.texts.items():
         client.log_text(run_id, text, name)
     for name, encoded in record.images.items():
-        _log_image(client, run_id, base64.b64decode(encoded), name)
-    _log_batches(client, timeline, record.hourly, {})
+        log_image(client, run_id, base64.b64decode(encoded), name)
+    log_batches(client, timeline, record.hourly, {})
     client.set_terminated(timeline, "FINISHED", record.end_ms)
     client.set_terminated(run_id, "FINISHED", record.end_ms)
     return run_id
@@ -383,11 +383,12 @@ def _timeline(client: "MlflowClient", experiment: str, record: RunRecord) -> str
         tags |= {name: record.tags[name] for name in ("dataset", "mlflow.source.name")}
         name = f"{record.timeline} timeline"
         found = client.create_run(experiment, run_name=name, tags=tags, start_time=record.start_ms)
-        _log_batches(client, found.info.run_id, [], record.params)
+        log_batches(client, found.info.run_id, [], record.params)
     return str(found.info.run_id)
 
 
-def _log_batches(client: "MlflowClient", run_id: str, points: list[MetricPoint], params: Mapping[str, str]) -> None:
+def log_batches(client: "MlflowClient", run_id: str, points: list[MetricPoint], params: Mapping[str, str]) -> None:
+    """Writes points and params to a run in as few requests as MLflow allows."""
     from mlflow.entities import Metric, Param
 
     metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points]
@@ -397,7 +398,8 @@ def _log_batches(client: "MlflowClient", run_id: str, points: list[MetricPoint],
         client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
 
 
-def _log_image(client: "MlflowClient", run_id: str, png: bytes, name: str) -> None:
+def log_image(client: "MlflowClient", run_id: str, png: bytes, name: str) -> None:
+    """Writes a PNG to a run under `name`, which may have folders."""
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
@@ -426,5 +428,6 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) and ":memory:" not in uri else None
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Milliseconds since 1970, UTC, by the wall clock."""
     return round(datetime.now(UTC).timestamp() * 1000)
