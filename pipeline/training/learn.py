@@ -52,6 +52,7 @@ def learn(
 ) -> Learned:
     """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached."""
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
+    learner.start_at(_click_rate(window))
     cursor = BatchCursor.of(window.num_rows, seed=seed)
     trace = _Trace(window.num_rows)
     mean_weight = float(window.weights_R.mean()) if window.num_rows else 1.0
@@ -112,6 +113,12 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
     filling = [np.arange(share) >= len(batch.rows[rank::count]) for batch, share in zip(batches, shares, strict=True)]
     chunk = learner.look_up(window.minibatch(np.concatenate(rows), filling_B=np.concatenate(filling)))
     return chunk, [slice(int(end) - share, int(end)) for end, share in zip(ends, shares, strict=True)]
+
+
+def _click_rate(window: EncodedWindow) -> float:
+    """Weighted by one over the inclusion probability; 0 for a window without weight."""
+    total = float(window.weights_R.sum(dtype=np.float64))
+    return float(np.dot(window.labels_R.astype(np.float64), window.weights_R)) / total if total > 0 else 0.0
 
 
 class _Stopwatch:
