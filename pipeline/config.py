@@ -84,8 +84,12 @@ class TrainingConfig(_Part):
     """Of the embeddings; the wide part always has per-coordinate Adagrad."""
     sparse_learning_rate: Annotated[float, Field(gt=0)] = 0.05
     """Of the embeddings."""
-    wide_learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    wide_learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """Of the wide part: one weight an id and a cross."""
+    wide_beta: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient that a wide weight is taken to have seen before its first: its step is
+    `wide_learning_rate * g / (wide_beta + sqrt(sum of g^2))`, with `g` the derivative of one row's log loss. Holds an id of few
+    rows back; 0 for none."""
     accumulator_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the embeddings' and the wide part's sums of squared gradients at the start of each window, so that a model of
     many months still learns; 0.5 ** (1 / 24) halves them in 24 windows, 1 keeps them."""

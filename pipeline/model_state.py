@@ -260,6 +260,7 @@ def _model(
         sparse_optimizer=config.training.sparse_optimizer,
         sparse_learning_rate=config.training.sparse_learning_rate,
         wide_learning_rate=config.training.wide_learning_rate,
+        wide_beta=config.training.wide_beta,
         device=device,
         seed=config.training.seed,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from data_schemas.examples import F32
 from pipeline.data.encode import EncodedWindow
 from pipeline.outcome import LossPoint, PlanRecord
 from pipeline.training.batch_size import BatchPolicy, Decision
@@ -74,10 +75,12 @@ def learn(
         kept_R: only these rows are learned; the others are reached as the pass goes by.
     """
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
+    kept = slice(None) if kept_R is None else kept_R
+    learner.start_at(_click_rate(window.labels_R[kept], window.weights_R[kept]))
     cursor = BatchCursor.of(window.num_rows, seed=seed, stratum_R=stratum_R, kept_R=kept_R)
     num_rows = cursor.remaining
     trace = _Trace(num_rows)
-    mean_weight = float(window.weights_R[slice(None) if kept_R is None else kept_R].mean()) if num_rows else 1.0
+    mean_weight = float(window.weights_R[kept].mean()) if num_rows else 1.0
     stopwatch = _Stopwatch(deadline, learner.processes)
     while not stopwatch.out_of_time and (batches := _plan_chunk(cursor, policy, trace.steps, learner.config.sparse_step_rows)):
         chunk, own_rows = _look_up(learner, window, batches)
@@ -135,6 +138,12 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
     filling = [np.arange(share) >= len(batch.rows[rank::count]) for batch, share in zip(batches, shares, strict=True)]
     chunk = learner.look_up(window.minibatch(np.concatenate(rows), filling_B=np.concatenate(filling)))
     return chunk, [slice(int(end) - share, int(end)) for end, share in zip(ends, shares, strict=True)]
+
+
+def _click_rate(labels_R: F32, weights_R: F32) -> float:
+    """Weighted by one over the inclusion probability; 0 for rows without weight."""
+    total = float(weights_R.sum(dtype=np.float64))
+    return float(np.dot(labels_R.astype(np.float64), weights_R)) / total if total > 0 else 0.0
 
 
 class _Stopwatch:

@@ -104,12 +104,21 @@ class Learner:
         finite = self.processes.total(float(not (math.isfinite(log_loss) and self._gradients_are_finite(pieces)))) == 0
         rate = warmed_up(learning_rate, self.steps, self.config.warmup_steps)
         if finite:
-            chunk.keep_gradients(pieces, self.model.layout)
+            chunk.keep_gradients(pieces, self.model.layout, divisor=divisor)
             self._dense_step(rate)
         if self.precision == "fp16":
             self.scaler.update()
         self._count(finite, log_loss)
         return StepResult(log_loss=log_loss, learned=finite, learning_rate=rate)
+
+    @torch.no_grad()
+    def start_at(self, click_rate: float) -> None:
+        """Lets a model that has not learned anything predict this rate, where it is neither 0 nor 1.
+
+        Otherwise a rare click costs hundreds of steps before the bias is where a count would have put it.
+        """
+        if self.steps == 0 and 0 < click_rate < 1:
+            self.model.net.bias.fill_(math.log(click_rate / (1 - click_rate)))
 
     def finish(self, chunk: "Chunk") -> None:
         """One step of the sparse rows, with the gradients of all batches of the chunk that were learned."""
@@ -206,14 +215,18 @@ class Chunk:
         self.learned_C = torch.zeros_like(batch.weights_B)
         """Weights of the examples that were learned; 0 for all others."""
 
-    def keep_gradients(self, pieces: Sequence["_MicroBatch"], layout: TableLayout) -> None:
-        """Adds those of one batch: to its own rows, and to the rows that carry its users' histories."""
+    def keep_gradients(self, pieces: Sequence["_MicroBatch"], layout: TableLayout, *, divisor: float) -> None:
+        """Adds those of one batch: to its own rows, and to the rows that carry its users' histories.
+
+        Those of wide weights are sums over rows, not means over the batch: what a weight has seen is then counted in rows,
+        whatever the batches that they came in.
+        """
         for piece in pieces:
             deep_mS, wide_mW = piece.deep_mS.grad, piece.wide_mW.grad
             assert deep_mS is not None
             assert wide_mW is not None
             self.learned_C[piece.rows] = self.batch.weights_B[piece.rows]
-            self.wide_gradient_CW[piece.rows] = wide_mW
+            self.wide_gradient_CW[piece.rows] = wide_mW * divisor
             plain = layout.plain_width
             self.deep_gradient_CS[piece.rows, :plain] = deep_mS[:, :plain]
             if self.batch.history_row_B is not None:
