@@ -30,6 +30,9 @@ from sampling.thinning import Correction, Method
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
+BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
+RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
+RateDecay = Literal["constant", "step", "cosine"]
 
 
 class _Part(BaseModel):
@@ -71,6 +74,27 @@ class TrainingConfig(_Part):
     """Rows of a step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 512
     """Rows that go through the dense network at once, in each process; bounds memory, keeps shapes static."""
+    batch_policy: BatchPolicyName = "fixed"
+    """What chooses the size of each batch. `fixed`: `batch_size` all along. `linear_ramp`: it grows from `batch_size` to
+    `max_batch_size` over the pass. `deadline`: the smallest that still learns every row in time; rows are left out only where
+    `max_batch_size` is not enough. `goodput`: the same, but where time is short, the size that gains most a second, on fewer rows."""
+    min_batch_size: Annotated[int, Field(ge=1)] = 128
+    """Smallest batch of `deadline` and `goodput`."""
+    max_batch_size: Annotated[int, Field(ge=1)] = 8192
+    """Largest batch of `linear_ramp`, `deadline` and `goodput`."""
+    reference_batch_size: Annotated[int, Field(ge=0)] = 0
+    """The batch that the learning rates were chosen for; 0 for `batch_size`."""
+    learning_rate_scaling: RateScaling = "none"
+    """How the dense rate follows the batch, from the reference batch: not, in proportion, with its root, or as far as the
+    measured gradient noise scale says (McCandlish et al. 2018)."""
+    sparse_learning_rate_scaling: RateScaling = "none"
+    """The same for the embeddings and the wide part. Scaling it was measured to lose accuracy."""
+    learning_rate_decay: RateDecay = "constant"
+    """Of the dense rate over a window: not at all, halved after each quarter, or along a cosine to a tenth."""
+    rewarm_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the dense rate rises to its value after a batch that is half as large again, or larger."""
+    compile_dense_network: bool = False
+    """Run the dense network through `torch.compile`; without a C++ compiler it runs as it is, and the report says so."""
     sparse_step_rows: Annotated[int, Field(ge=0)] = 2048
     """Embeddings step once in at least this many rows, with the gradients of all batches in them; 0 for once a batch."""
     precision: Precision = "auto"
@@ -121,6 +145,50 @@ class TrainingConfig(_Part):
             raise ValueError(
                 f"gradient_ema = {self.gradient_ema} with dense_optimizer = '{self.dense_optimizer}' smooths the gradient "
                 "twice; use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
+            )
+        return self
+
+    @property
+    def reference(self) -> int:
+        """The reference batch in force."""
+        return self.reference_batch_size or self.batch_size
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the gradient noise scale is needed."""
+        scaled = "noise_scale" in (self.learning_rate_scaling, self.sparse_learning_rate_scaling)
+        return scaled or self.batch_policy in ("deadline", "goodput")
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> Self:
+        if self.batch_policy in ("deadline", "goodput") and self.min_batch_size > self.max_batch_size:
+            raise ValueError(
+                f"min_batch_size = {self.min_batch_size} is above max_batch_size = {self.max_batch_size}; "
+                f"use a max_batch_size of at least {self.min_batch_size}"
+            )
+        if self.batch_policy == "linear_ramp":
+            if self.batch_size > self.max_batch_size:
+                raise ValueError(
+                    f"batch_policy = 'linear_ramp' cannot grow from batch_size = {self.batch_size} to max_batch_size = "
+                    f"{self.max_batch_size}; use a max_batch_size of at least {self.batch_size}"
+                )
+            if self.learning_rate_decay != "constant":
+                raise ValueError(
+                    "batch_policy = 'linear_ramp' grows the batch instead of decaying the rate, and learning_rate_decay = "
+                    f"{self.learning_rate_decay!r} decays it as well; use learning_rate_decay 'constant'"
+                )
+            if self.learning_rate_scaling != "none":
+                raise ValueError(
+                    "batch_policy = 'linear_ramp' grows the batch at the same rate, and learning_rate_scaling = "
+                    f"{self.learning_rate_scaling!r} undoes that; use learning_rate_scaling 'none'"
+                )
+        smallest = {"fixed": self.batch_size, "linear_ramp": self.batch_size}.get(self.batch_policy, self.min_batch_size)
+        if self.compile_dense_network and smallest % self.micro_batch_size:
+            name = "batch_size" if self.batch_policy in ("fixed", "linear_ramp") else "min_batch_size"
+            least = -(-smallest // self.micro_batch_size) * self.micro_batch_size
+            raise ValueError(
+                f"compile_dense_network needs batches of whole micro-batches, and {name} = {smallest} is none of "
+                f"micro_batch_size = {self.micro_batch_size}; use {name} = {least}, or a smaller micro_batch_size"
             )
         return self
 
@@ -259,6 +327,16 @@ class UpdateConfig(BaseSettings):
     budget: BudgetConfig = BudgetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _reference_fits(self) -> Self:
+        reference, rows = self.training.reference_batch_size, self.window.max_rows
+        if reference > rows:
+            raise ValueError(
+                f"training.reference_batch_size = {reference} is larger than any window: window.max_rows = {rows}; "
+                f"use a window.max_rows of at least {reference}"
+            )
+        return self
 
     @property
     def log_path(self) -> Path:
