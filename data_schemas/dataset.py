@@ -229,6 +229,9 @@ class DatasetSpec(_Declared):
     """Name of the feature that identifies the user; left out: no figures by user."""
     item: Name | None = None
     """Name of the feature that identifies the item."""
+    item_features: tuple[Name, ...] = ()
+    """Features that belong to the item, such as its author or price: a negative that is drawn for a log of clicks only has
+    them from its own item, and all others from the click that it stands beside."""
     event_key: Annotated[tuple[str, ...], Field(min_length=1)]
     """Columns of the file that make an event unique, features or not; a second row with the same values is a duplicate
     (but see `repeats`). `*` alone means every column that the spec names."""
@@ -255,7 +258,9 @@ class DatasetSpec(_Declared):
     """Settings of an update that suit this data set, such as `[settings.training] batch_size = 1024`; a settings file, the
     environment and the command line go before them."""
 
-    @field_validator("event_key", "categorical", "numeric", "crosses", "counters", "ages", "history", mode="before")
+    @field_validator(
+        "event_key", "item_features", "categorical", "numeric", "crosses", "counters", "ages", "history", mode="before"
+    )
     @classmethod
     def _lists_are_tuples(cls, value: Any) -> Any:
         return _as_tuples(value)
@@ -275,6 +280,18 @@ class DatasetSpec(_Declared):
                 raise ValueError(f"{role!r} is {feature!r}, which is no single-id categorical feature; choose one of {known}")
         if "*" in self.event_key and self.event_key != ("*",):
             raise ValueError("event_key '*' (the whole row) stands alone; leave out the other columns")
+        return self
+
+    @model_validator(mode="after")
+    def _items_have_their_features(self) -> Self:
+        logged = [*(feature.name for feature in self.logged_categorical()), *(feature.name for feature in self.numeric)]
+        known = [name for name in logged if name not in (self.user, self.item)]
+        for name in self.item_features:
+            if name not in known:
+                raise ValueError(f"'item_features' names {name!r}, which is no logged feature besides user and item: {known}")
+        _refuse_repeats("item_features", self.item_features)
+        if self.item_features and not self.item:
+            raise ValueError("'item_features' belong to an item; set 'item' to the feature that identifies it")
         return self
 
     @model_validator(mode="after")

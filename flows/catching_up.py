@@ -10,7 +10,6 @@ from typing import Literal, TypeVar
 
 from data_schemas.dataset import load_spec
 from flows.artifacts import publish_report
-from flows.history import reports_of
 from flows.stages import run_as_task
 from flows.terminal import Advance, progress, tell
 from pipeline.config import UpdateConfig, load_config
@@ -18,6 +17,7 @@ from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.windows import as_time
 from pipeline.outcome import UpdateReport
+from pipeline.publishing.checkpoint import learned_until
 from pipeline.publishing.report import verdict
 from pipeline.update import run_update
 
@@ -108,9 +108,8 @@ def learn_waiting(
 def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
     """Starts of the closed windows that the model has not learned, oldest first; those without rows are left out."""
     log = ClickLog.open_or_create(config.log_path, load_spec(config.dataset))
-    window, learned = config.window, reports_of(config.model_dir)
-    since = max((report.window_end for report in learned), default=None)
-    hours = {file.hour for file in log.files() if since is None or as_time(file.hour) >= since}
+    window, since = config.window, learned_until(config.model_dir)
+    hours = {file.hour for file in log.files() if since is None or file.hour >= since}
     starts = {as_time(hour - (hour - window.align_hour) % window.hours) for hour in hours}
     length = timedelta(hours=window.hours, minutes=window.label_delay_minutes)
     return sorted(start for start in starts if start + length <= now)

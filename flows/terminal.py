@@ -5,7 +5,7 @@ Enters: a flow and the words of the command line. Leaves: 0, or 1 after one line
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -24,9 +24,16 @@ def run_flow(flow: Flow[..., Any], words: Sequence[str] | None = None, *, progra
     Returns:
         The exit code: 0, or 1 for an error that a user can act on. Any other exception passes through.
     """
+    return run_command(flow, flow.fn, words, name=program or flow.name)
+
+
+def run_command(
+    command: Callable[..., Any], declared: Callable[..., Any], words: Sequence[str] | None = None, *, name: str
+) -> int:
+    """`run_flow` for any function: parameters and their help are those of `declared`, and `command` is called."""
     app = cyclopts.App(
-        name=program or flow.name,
-        default_command=flow.fn,
+        name=name,
+        default_command=declared,
         default_parameter=cyclopts.Parameter(negative=()),
         version_flags=[],
     )
@@ -36,7 +43,7 @@ def run_flow(flow: Flow[..., Any], words: Sequence[str] | None = None, *, progra
         return 0
     try:
         _, bound, _ = app.parse_args(_named(arguments), exit_on_error=False, print_error=False)
-        flow(*bound.args, **bound.kwargs)
+        command(*bound.args, **bound.kwargs)
     except (TidemarkError, cyclopts.CycloptsError) as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {_line(error, app)}", markup=False)
         return 1

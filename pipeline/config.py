@@ -8,6 +8,7 @@ Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
 import os
 import tomllib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -74,8 +75,9 @@ class TrainingConfig(_Part):
     """Embeddings step once in at least this many rows, with the gradients of all batches in them; 0 for once a batch."""
     precision: Precision = "auto"
     """Arithmetic of the dense network; `auto` measures what this machine is fastest at when the model is first made."""
-    dense_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
-    """Of the dense network."""
+    dense_optimizer: Literal["adam", "adagrad", "sgd", "lars", "lamb"] = "adam"
+    """Of the dense network. `lars` and `lamb` scale each matrix's step to its norm, for very large batches; `lars` wants a
+    dense_learning_rate of about 0.1."""
     dense_learning_rate: Annotated[float, Field(gt=0)] = 0.001
     """Of the dense network."""
     sparse_optimizer: Literal["adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
@@ -93,6 +95,17 @@ class TrainingConfig(_Part):
     """Decay of the moving average of dense gradients; 0 for none. Needs an optimizer without momentum of its own."""
     weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the moving average of dense weights that is evaluated and published; 0 for none."""
+    sparse_gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the gradients of table rows, a sparse step; 0 for none. As much memory as the tables."""
+    sparse_weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of table rows, a sparse step, that is evaluated and published; 0 for none. As much memory as
+    the tables."""
+    cowclip: bool = False
+    """Clip the gradient of each embedding row by how often its id occurs in a sparse step (Zheng et al. 2022)."""
+    cowclip_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Bound of an occurrence, as a multiple of the row's length: r of the paper."""
+    cowclip_least: Annotated[float, Field(ge=0)] = 1e-5
+    """Least bound of an occurrence, for rows that are nearly zero: zeta of the paper."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of everything that is drawn: first weights and the order of rows."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
@@ -100,16 +113,16 @@ class TrainingConfig(_Part):
 
     @model_validator(mode="after")
     def _smoothed_once(self) -> Self:
-        if self.gradient_ema > 0 and self.dense_optimizer == "adam":
+        if self.gradient_ema > 0 and self.dense_optimizer in ("adam", "lars", "lamb"):
             raise ValueError(
-                f"gradient_ema = {self.gradient_ema} with dense_optimizer = 'adam' smooths the gradient twice; "
-                "use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
+                f"gradient_ema = {self.gradient_ema} with dense_optimizer = '{self.dense_optimizer}' smooths the gradient "
+                "twice; use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
             )
         return self
 
 
 class SamplingConfig(_Part):
-    """Which rows of a window are learned, in what order, and what makes up for those left out."""
+    """Which rows a step sees, in what order, and with what probability."""
 
     strata: tuple[StratifyBy, ...] = ()
     """What rows are grouped by; the item's popularity and the user's activity are counted in the window, and the item's age
@@ -135,6 +148,27 @@ class SamplingConfig(_Part):
     max_rows_per_item: Annotated[int, Field(ge=0)] = 0
     """The same for one item."""
 
+    negatives: Literal["none", "uniform", "popularity", "in_batch", "hard"] = "none"
+    """How a log of clicks only gets rows that were not clicked, from the items that are live in the same hour: all alike, as
+    their clicks to the `popularity_power`, as the items of other clicks of a batch, or the model's own top of
+    `hard_candidates`. `none` is for logs with a label."""
+    negatives_per_positive: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Drawn for each click, so that the published probability is that of a click among so many others."""
+    popularity_power: Annotated[float, Field(ge=0, le=2)] = 0.75
+    """The law of exposure: an item is taken to be shown as its clicks of the hour to this power."""
+    negative_correction: Literal["weights", "logq", "none"] = "weights"
+    """How rows that were drawn by another law than that of exposure are put right: by a weight, by a shift of the logits
+    while learning (not with `hard`), or not at all."""
+    negatives_trailing_hours: Annotated[int, Field(ge=0, le=168)] = 0
+    """An item counts as live for so many hours after one in which it was clicked. Above 0 it leaks: clicks tell which items
+    are live now, so a drawn item that is not betrays itself by its age."""
+    in_batch_clicks: Annotated[int, Field(ge=2)] = 256
+    """With `in_batch`: clicks of one hour whose items are each other's negatives."""
+    hard_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With `hard`: the share of a click's negatives that is the model's own top, rounded; at least one is left to chance."""
+    hard_candidates: Annotated[int, Field(ge=2, le=1000)] = 16
+    """With `hard`: items drawn for each click by the law of exposure, which the model then scores."""
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(set(self.strata)) != len(self.strata):
@@ -147,9 +181,22 @@ class SamplingConfig(_Part):
             raise ValueError("replacement needs draw 'fixed': 'poisson' draws a row once at most")
         return self
 
+    @model_validator(mode="after")
+    def _hard_can_be_drawn(self) -> Self:
+        if self.negatives != "hard":
+            return self
+        if not 2 <= self.negatives_per_positive <= self.hard_candidates:
+            raise ValueError(
+                f"negatives = 'hard' takes negatives_per_positive of hard_candidates, 2 or more, one of them left to chance; "
+                f"got {self.negatives_per_positive} of {self.hard_candidates}"
+            )
+        if self.negative_correction == "logq":
+            raise ValueError("negatives = 'hard' has no law for negative_correction = 'logq'; use 'weights' or 'none'")
+        return self
+
     def rules(self) -> Rules:
         """As `sampling.plan` takes them."""
-        return Rules(**self.model_dump(exclude={"stratified_batches"}))
+        return Rules(**self.model_dump(include={field.name for field in fields(Rules)}))
 
 
 class BudgetConfig(_Part):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+import numpy as np
 import torch
 
 from data_schemas.dataset import DatasetSpec
@@ -51,6 +52,7 @@ from pipeline.publishing.checkpoint import (
 )
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
+from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
 from pipeline.training.processes import Processes, shard_tables
 from pipeline.training.smoothing import MovingAverage
@@ -60,6 +62,9 @@ log = logging.getLogger(__name__)
 
 GATE = "head.gate_F"
 """Name of the dense weight that only a DeepFM has which got new embeddings after it was trained."""
+
+GROUP = "optimizer_group."
+"""Prefix of what the dense optimizer keeps once a group of parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +136,7 @@ def save(
         model_fingerprint=model_fingerprint(config),
         precision=learner.precision,
         steps=learner.steps,
-        average_steps={name: average.steps for name, average in _averages(learner).items()},
+        average_steps={name: average.steps for name, average in (_averages(learner) | learner.sparse_step.averages()).items()},
         loss_scale=learner.scaler.state_dict(),
         log_id=cursor.log_id,
         log_version=cursor.log_version,
@@ -158,7 +163,13 @@ def save(
 
 
 def admit_ids(
-    state: ModelState, examples: Examples, window: EncodedWindow, spec: DatasetSpec, *, hour: int
+    state: ModelState,
+    examples: Examples,
+    window: EncodedWindow,
+    spec: DatasetSpec,
+    *,
+    hour: int,
+    num_counted: int | None = None,
 ) -> tuple[EncodedWindow, dict[str, IdFigures]]:
     """Counts a window's ids before it is learned; those seen often enough get rows that start as the shared row does.
 
@@ -168,15 +179,18 @@ def admit_ids(
         window: the same, as they were predicted.
         spec: of the model.
         hour: the start of the window, in hours since 1970.
+        num_counted: the first so many rows are sightings of their ids; the others were drawn. None: all are.
 
     Returns:
         The window with the rows that its ids have now, and what happened, by feature with admitted ids.
     """
-    admissions = state.ids.admit(examples, hour)
+    counted = examples if num_counted in (None, examples.num_rows) else examples.take(np.arange(num_counted))
+    admissions = state.ids.admit(counted, hour)
     if not admissions:
         return window, {}
     learner = state.learner
     fresh = {name: admission.fresh_rows for name, admission in admissions.items()}
+    learner.sparse_step.forget(fresh)
     learner.model.tables.start_rows(fresh, like=SHARED_ROW, add_up=learner.processes.add_up)
     figures = {name: admission.figures for name, admission in admissions.items()}
     return look_up_again(window, examples, spec, state.ids), figures
@@ -314,7 +328,7 @@ def _widened(
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
         dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).deep_keys)), learner, manifest)
-    widened = {"random.torch": dense["random.torch"]}
+    widened = {name: tensor for name, tensor in dense.items() if name.startswith(("random.torch", GROUP, "row_"))}
     for kind in ("weight", *_averages(learner)):
         widened |= _widened_kind(f"{kind}.", "", dense, before, after)
     for key in {key.rpartition(".")[2] for key in dense if key.startswith("optimizer.")}:
@@ -361,8 +375,11 @@ def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:
     for name, parameter in learner.parameters.items():
         for key, value in learner.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    tensors |= {f"{GROUP}{name}": value for name, value in group_scalars(learner.optimizer).items()}
     for kind, average in _averages(learner).items():
         tensors |= {f"{kind}.{name}": total for name, total in average.sums.items()}
+    for kind, of_rows in learner.sparse_step.averages().items():
+        tensors |= {f"{kind}.{name}": tensor for name, tensor in of_rows.tensors().items()}
     return tensors | {"random.torch": torch.get_rng_state()}
 
 
@@ -370,20 +387,26 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
     with torch.no_grad():
         for name, parameter in learner.parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
-            prefix = f"optimizer.{name}."
-            saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if saved:
+            if saved := _starting_with(f"optimizer.{name}.", tensors):
                 on_host = {"step"}
                 learner.optimizer.state[parameter] = {
                     key: value if key in on_host else value.to(parameter.device) for key, value in saved.items()
                 }
+    load_group_scalars(learner.optimizer, _starting_with(GROUP, tensors))
     for kind, average in _averages(learner).items():
         sums = {name: tensors[f"{kind}.{name}"] for name in average.sums}
         average.load(sums, manifest.average_steps[kind])
+    for kind, of_rows in learner.sparse_step.averages().items():
+        if kind in manifest.average_steps:
+            of_rows.load(_starting_with(f"{kind}.", tensors), manifest.average_steps[kind])
     if manifest.loss_scale and learner.precision == "fp16":
         learner.scaler.load_state_dict(dict(manifest.loss_scale))
     learner.steps = manifest.steps
     torch.set_rng_state(tensors["random.torch"])
+
+
+def _starting_with(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _averages(learner: Learner) -> dict[str, MovingAverage]:

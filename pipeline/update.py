@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -18,21 +17,21 @@ from typing import Protocol, TypeVar
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from data_schemas.dataset import DatasetSpec, load_spec
-from data_schemas.errors import UpdateInProgress
 from data_schemas.examples import F32, I64, Examples
 from models.id_table import IdFigures
 from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.encode import EncodedWindow, encode, num_normalised
-from pipeline.data.lake import ClickLog
+from pipeline.data.lake import ClickLog, RowRange
 from pipeline.data.loader import columns_to_read, to_examples
+from pipeline.data.negatives import require_sampler, with_negatives
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Window, as_time, next_window, read_window
 from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
 from pipeline.evaluation.score import probabilities
+from pipeline.lock import alone
 from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.predictor import export_predictor, load_predictor, predictor_of
@@ -78,15 +77,16 @@ def run_update(
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
     spec = load_spec(config.dataset)
+    require_sampler(spec, config.sampling)
     stages = _Stages(stage, clock)
-    with _alone(config.model_dir):
+    with alone(config.model_dir):
         history = read_history(config.model_dir)
         state = stages.run("restore", lambda: restore_or_create(config, spec))
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now or datetime.now(UTC)))
         if window is None:
             return None
         deadline = _deadline(config, stages, history)
-        rows = stages.run("load", lambda: _load(click_log, window, state, spec))
+        rows = stages.run("load", lambda: _load(click_log, window, state, spec, config))
         before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, spec, deadline))
         rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
@@ -105,7 +105,12 @@ class _Rows:
     """A window's rows in both forms, and those that are evaluated."""
 
     examples: Examples
+    """Those of the click log, then negatives that were drawn, where the log has none."""
     encoded: EncodedWindow
+    num_logged: int
+    """Rows of the click log: what is counted, remembered and consumed."""
+    judged_weights_R: F32
+    """Of the rows where they are evaluated."""
     evaluated: I64
     """Rows that are new to the model, in a random order, so that any prefix is a uniform sample of them.
 
@@ -116,6 +121,8 @@ class _Rows:
     """The first rows as they stand in the click log."""
     ids: Mapping[str, IdFigures] = field(default_factory=dict)
     """What the window did to admitted ids, once it was counted."""
+    notes: tuple[str, ...] = ()
+    """What was drawn."""
 
 
 @dataclass(frozen=True)
@@ -165,19 +172,50 @@ def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now
     return click_log, next_window(click_log, state.cursor, config.window, now)
 
 
-def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec) -> _Rows:
+def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec, config: UpdateConfig) -> _Rows:
     """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
     table = read_window(click_log, window, columns_to_read(spec))
-    examples = to_examples(table, spec)
     seed = (state.learner.config.seed, window.end)
+
+    def encoded(examples: Examples) -> EncodedWindow:
+        return encode(examples, spec, state.memory, state.moments, hour=window.start, ids=state.ids)
+
+    drawn = with_negatives(
+        to_examples(table, spec),
+        spec,
+        config.sampling,
+        seed=[*seed, 2],
+        scores=lambda candidates: _scores(state, encoded(candidates)),
+        before=_trailing_rows(click_log, window, spec, config.sampling.negatives_trailing_hours),
+    )
+    examples = drawn.examples
     new = np.flatnonzero(examples.hour_R >= window.start)
     return _Rows(
         examples=examples,
-        encoded=encode(examples, spec, state.memory, state.moments, hour=window.start, ids=state.ids),
+        encoded=replace(encoded(examples), logit_shifts_R=drawn.logit_shifts_R),
+        num_logged=drawn.num_logged,
+        judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),
         seed=seed,
         sample=_raw_sample(table),
+        notes=drawn.notes,
     )
+
+
+def _trailing_rows(click_log: ClickLog, window: Window, spec: DatasetSpec, trailing_hours: int) -> Examples | None:
+    """Rows of the hours before the window, where the settings let negatives come from them."""
+    if not trailing_hours:
+        return None
+    files = [file for file in click_log.files(window.log_version) if window.start - trailing_hours <= file.hour < window.start]
+    if not files:
+        return None
+    ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in files]
+    return to_examples(click_log.read(ranges, columns_to_read(spec)), spec)
+
+
+def _scores(state: ModelState, encoded: EncodedWindow) -> F32:
+    learner = state.learner
+    return probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
 
 
 def _raw_sample(table: pa.Table) -> pd.DataFrame:
@@ -211,14 +249,15 @@ def _evaluate(state: ModelState, rows: _Rows, config: UpdateConfig, deadline: De
     learner = state.learner
     chosen = rows.evaluated[: config.evaluation.max_rows]
     stop_at = min(deadline.seconds_used() + EVALUATION_SHARE * deadline.budget_seconds, deadline.budget_seconds)
-    scored = probabilities(
-        learner.model,
-        learner.dense_weights(averaged=True),
-        rows.encoded,
-        chosen,
-        device=learner.device,
-        go_on=lambda: deadline.seconds_used() < stop_at,
-    )
+    with learner.averaged() as dense_weights:
+        scored = probabilities(
+            learner.model,
+            dense_weights,
+            rows.encoded,
+            chosen,
+            device=learner.device,
+            go_on=lambda: deadline.seconds_used() < stop_at,
+        )
     return _measure(rows, chosen[: len(scored)], scored)
 
 
@@ -226,7 +265,7 @@ def _measure(rows: _Rows, chosen: I64, scored: F32) -> _Score | None:
     if not len(chosen):
         return None
     labels, users = rows.encoded.labels_R[chosen], rows.encoded.user_R[chosen]
-    weights = rows.encoded.weights_R[chosen]
+    weights = rows.judged_weights_R[chosen]
     return _Score(measure(labels, scored, users, weights), calibration_bins(labels, scored, weights))
 
 
@@ -240,7 +279,7 @@ def _learn(
     progress: Progress,
 ) -> tuple[_Rows, Learned, SamplingPlan | None]:
     """What was done, and all rows as they are now, those left out too: new ids may have rows of their own."""
-    encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start)
+    encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, num_counted=rows.num_logged)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
     policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
@@ -267,12 +306,12 @@ def _checkpoint(
     spec: DatasetSpec,
 ) -> ModelState:
     """The state as saved; from now on it serves, and its rows are consumed."""
-    reached = np.flatnonzero(~learned.unreached_R)
+    reached, logged = np.flatnonzero(~learned.unreached_R), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
-    remembered = state.memory.add(rows.examples.take(reached), window.start)
+    remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    saved = save(state, window, learned, config, spec, seed=rows.seed, sampling=plan)
+    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan)
     folder = _frozen_folder(config)
     frozen_after = config.evaluation.frozen_after_updates
     if frozen_after and saved.version >= frozen_after and not folder.is_dir():
@@ -307,13 +346,15 @@ def _publish(
         return ()
     examples = rows.examples.take(np.arange(len(rows.sample)))
     try:
+        with saved.learner.averaged():
+            example_probabilities = predictor_of(saved, spec).predict_examples(examples)
         return publish_update(
             config,
             spec,
             saved,
             report,
             example=rows.sample,
-            example_probabilities=predictor_of(saved, spec).predict_examples(examples),
+            example_probabilities=example_probabilities,
             bins=before.bins if before else (),
         )
     except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
@@ -333,7 +374,7 @@ def _report(
     seconds: dict[str, float],
 ) -> UpdateReport:
     before, after, frozen = (score.metrics if score else None for score in (scores.before, scores.after, scores.frozen))
-    measured = before or after
+    measured, logged = before or after, learned.first(rows.num_logged)
     return UpdateReport(
         dataset=spec.name,
         model_name=config.model_name,
@@ -344,7 +385,7 @@ def _report(
         window_end=as_time(window.end),
         rows=window.num_rows,
         late_rows=window.late_rows,
-        rows_learned=learned.rows,
+        rows_learned=logged.rows,
         rows_pending=sum(piece.num_rows for piece in saved.cursor.pending if piece.file.hour < window.end),
         batch_size=learned.last_batch_size,
         precision=saved.learner.precision,
@@ -358,13 +399,19 @@ def _report(
         loss_curve=learned.loss_curve,
         skipped_steps=learned.skipped_steps,
         git_commit=_git_commit(),
-        notes=(*saved.notes, *_notes(window, learned, measured), *(plan.notes() if plan else ())),
+        notes=(
+            *saved.notes,
+            *saved.learner.sparse_step.notes(),
+            *rows.notes,
+            *_notes(window, logged, measured, rows.encoded.num_rows),
+            *(plan.notes() if plan else ()),
+        ),
         ids=rows.ids,
         sampling=plan,
     )
 
 
-def _notes(window: Window, learned: Learned, measured: Metrics | None) -> Iterator[str]:
+def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows: int) -> Iterator[str]:
     """Everything that was not done as a reader would take for granted."""
     unreached = int(learned.unreached_R.sum())
     if unreached:
@@ -376,8 +423,8 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None) -> Iterat
         yield f"{window.late_rows:,} rows came late, for hours before this window"
     if learned.skipped_steps:
         yield f"{learned.skipped_steps} steps over {learned.skipped_rows:,} rows were skipped, their loss was not finite"
-    if measured and measured.rows < window.num_rows:
-        yield f"evaluated on a random {measured.rows:,} of {window.num_rows:,} rows"
+    if measured and measured.rows < num_rows:
+        yield f"evaluated on a random {measured.rows:,} of {num_rows:,} rows"
     if measured and measured.auc is None:
         yield f"all {measured.rows:,} evaluated rows are of one class: there is no AUC"
 
@@ -389,20 +436,6 @@ def _one_line(report: UpdateReport) -> str:
         f"version {report.version}, AUC before learning {'-' if auc is None else f'{auc:.4f}'}, "
         f"{report.total_seconds:.1f} of {report.budget_seconds:.0f} s"
     )
-
-
-@contextmanager
-def _alone(model_dir: Path) -> Iterator[None]:
-    """Holds the model's lock; the kernel lets go of it when the process ends, however it ends."""
-    model_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(model_dir / "lock")
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout as error:
-        raise UpdateInProgress(
-            f"another update of the model in {model_dir} is running; wait for it, or use another model_name"
-        ) from error
 
 
 def _frozen_folder(config: UpdateConfig) -> Path:

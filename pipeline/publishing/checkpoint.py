@@ -38,6 +38,8 @@ from pipeline.training.processes import Processes
 
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
+UNDONE = ".undone"
+"""Ending of the folder of a version that a rollback took out of service."""
 FORMAT = 1
 Content = Literal["dense", "tables", "memory", "pending"]
 
@@ -180,10 +182,16 @@ def versions(model_dir: Path) -> list[int]:
     return sorted(int(name[1:]) for name in names if re.fullmatch(r"v\d{6,}", name))
 
 
+def undone_versions(model_dir: Path) -> list[int]:
+    """Versions that a rollback took out of service, oldest first; they are kept as long as others are."""
+    names = (path.name for path in (model_dir / "checkpoints").glob(f"v*{UNDONE}"))
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"v(\d{{6,}}){re.escape(UNDONE)}", name)))
+
+
 def next_version(model_dir: Path) -> int:
-    """A number that no version had, not even one that was set aside."""
+    """A number that no version had, not even one that was set aside or undone."""
     names = (path.name for path in (model_dir / "checkpoints").glob("v*"))
-    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"v(\d{6,})(\.corrupt)?", name))]
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"v(\d{6,})(\.corrupt|\.undone)?", name))]
     return max(numbers, default=0) + 1
 
 
@@ -214,13 +222,44 @@ def set_aside(model_dir: Path, version: int) -> None:
         folder.rename(folder.with_name(f"{folder.name}.corrupt"))
 
 
-def read_manifest(model_dir: Path, version: int) -> Manifest:
-    """The manifest, after every part was compared with its hash.
+def go_back_to(model_dir: Path, version: int) -> None:
+    """Makes a whole version current, and takes the later ones out of service: a later corrupt one must not bring them back.
+
+    Args:
+        model_dir: folder of the model.
+        version: one of `versions` or `undone_versions`, whole.
+    """
+    folder = model_dir / "checkpoints"
+    for number in undone_versions(model_dir):
+        if number <= version:
+            (folder / f"{_name(number)}{UNDONE}").rename(folder / _name(number))
+    point_to(model_dir, version)
+    for number in versions(model_dir):
+        if number > version:
+            (folder / _name(number)).rename(folder / f"{_name(number)}{UNDONE}")
+    _sync_folder(folder)
+
+
+def learned_until(model_dir: Path) -> int | None:
+    """End of the last window that the current version learned, in hours since 1970; None where no version can tell.
+
+    The manifest alone is read, and not compared with anything.
+    """
+    version = current_version(model_dir)
+    path = model_dir / "checkpoints" / _name(version or 0) / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes()).window_end
+    except (OSError, ValueError):
+        return None
+
+
+def read_manifest(model_dir: Path, version: int, *, undone: bool = False) -> Manifest:
+    """The manifest, after every part was compared with its hash; of a version that was `undone` where that is asked for.
 
     Raises:
         CorruptCheckpoint: a part is missing or has changed.
     """
-    folder = model_dir / "checkpoints" / _name(version)
+    folder = model_dir / "checkpoints" / f"{_name(version)}{UNDONE if undone else ''}"
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValidationError, ValueError) as error:
@@ -380,6 +419,8 @@ def _verify(folder: Path, part: Part) -> None:
 def _prune(folder: Path, keep: int) -> None:
     for version in versions(folder.parent)[:-keep]:
         shutil.rmtree(folder / _name(version))
+    for version in undone_versions(folder.parent)[:-keep]:
+        shutil.rmtree(folder / f"{_name(version)}{UNDONE}")
 
 
 def _name(version: int) -> str:

@@ -97,14 +97,18 @@ def export_predictor(state: ModelState, spec: DatasetSpec, model: ModelConfig, f
     description = _Description(spec=spec, model=model, moments=moments)
     (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1))
     learner = state.learner
-    tensors = {f"dense.{name}": tensor for name, tensor in learner.dense_weights(averaged=True).items()}
-    tensors |= {f"tables.{piece.name}": piece.tensor for piece in learner.model.tables.slices(with_optimizer=False)}
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    with learner.averaged() as dense_weights:
+        tensors = {f"dense.{name}": tensor for name, tensor in dense_weights.items()}
+        tensors |= {f"tables.{piece.name}": piece.tensor for piece in learner.model.tables.slices(with_optimizer=False)}
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
     save_arrays(state.memory.arrays() | state.ids.arrays(), folder / MEMORY)
 
 
 def predictor_of(state: ModelState, spec: DatasetSpec) -> Predictor:
-    """The predictor that serves once `state` is published; it shares the state's tables and memory."""
+    """The predictor that serves once `state` is published; it shares the state's tables and memory.
+
+    Predict inside `state.learner.averaged()`, which holds the tables' averages as they are published.
+    """
     assert state.moments is not None, "a model that learned nothing is not published"
     learner = state.learner
     weights = learner.dense_weights(averaged=True)

@@ -71,9 +71,39 @@ def register_model(
     except TidemarkError:
         raise
     except Exception as error:
-        raise TrackingUnavailable(
-            f"the model registry could not be written ({type(error).__name__}: {error}); the champion stays as it was"
-        ) from error
+        raise _unavailable(error) from error
+
+
+def promote_checkpoint(config: UpdateConfig, dataset: str, version: int) -> bool:
+    """Makes the registered model of checkpoint `version` the champion; False where the registry keeps none.
+
+    Raises:
+        TrackingUnavailable: the registry cannot be reached or written; whoever was champion stays so.
+    """
+    name = f"{dataset}-{config.model_name}"
+    try:
+        with quiet_mlflow():
+            client, _ = open_experiment(config)
+            found = [
+                made
+                for made in client.search_model_versions(f"name = '{name}'")
+                if made.tags.get("checkpoint_version") == str(version)
+            ]
+            if not found:
+                return False
+            newest = max(found, key=lambda made: int(made.version))
+            client.set_registered_model_alias(name, CHAMPION, newest.version)
+            return True
+    except TidemarkError:
+        raise
+    except Exception as error:
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> TrackingUnavailable:
+    return TrackingUnavailable(
+        f"the model registry could not be written ({type(error).__name__}: {error}); the champion stays as it was"
+    )
 
 
 def _register(

@@ -13,7 +13,7 @@ Letters: C rows of the chunk in this process, B of a batch, m of a micro-batch, 
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,11 +24,13 @@ from data_schemas.minibatch import MiniBatch
 from models.ctr import CtrModel
 from models.embeddings import Pooled
 from models.loss import weighted_log_loss_sum
+from models.row_gradients import Lookups, lookups_of
 from models.tables import TableLayout
 from pipeline.config import TrainingConfig
 from pipeline.training.optimizers import dense_optimizer, warmed_up
 from pipeline.training.processes import Processes
 from pipeline.training.smoothing import MovingAverage, smooth_gradients
+from pipeline.training.sparse_step import SparseStep
 
 Arithmetic = Literal["fp32", "bf16", "fp16"]
 
@@ -74,6 +76,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.gradient_average = MovingAverage(self.parameters, config.gradient_ema) if config.gradient_ema else None
         self.weight_average = MovingAverage(self.parameters, config.weight_ema) if config.weight_ema else None
+        self.sparse_step = SparseStep(model.tables, config, self.processes)
 
     def look_up(self, batch: MiniBatch) -> "Chunk":
         """Looks the ids of a chunk up, for the steps that follow; `finish` learns them."""
@@ -110,6 +113,9 @@ class Learner:
 
     def finish(self, chunk: "Chunk") -> None:
         """One step of the sparse rows, with the gradients of all batches of the chunk that were learned."""
+        if self.sparse_step.needed:
+            self.sparse_step.learn(*chunk.lookups(self.model.layout))
+            return
         torch.autograd.backward([chunk.pooled.deep_BS, chunk.pooled.wide_BW], [chunk.deep_gradient_CS, chunk.wide_gradient_CW])
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -128,6 +134,12 @@ class Learner:
             return self.weight_average.averages()
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
+    @contextmanager
+    def averaged(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The dense weights that are evaluated and published; inside, the tables hold the rows that are."""
+        with self.sparse_step.averaged():
+            yield self.dense_weights(averaged=True)
+
     def _micro_batches(self, chunk: "Chunk", rows: slice) -> Iterator["_MicroBatch"]:
         for start in range(rows.start, rows.stop, self.config.micro_batch_size):
             yield _MicroBatch(chunk, slice(start, min(start + self.config.micro_batch_size, rows.stop)), self.model.layout)
@@ -137,8 +149,8 @@ class Learner:
         part = piece.rows
         with self.autocast():
             logits_m = self.model.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
-        if chunk.batch.shift_B is not None:
-            logits_m = logits_m.float() + chunk.batch.shift_B[part]
+        if chunk.batch.logit_shifts_B is not None:
+            logits_m = logits_m.float() + chunk.batch.logit_shifts_B[part]
         loss = weighted_log_loss_sum(logits_m, chunk.batch.labels_B[part], chunk.batch.weights_B[part]) / divisor
         self.scaler.scale(loss).backward()
         return loss.detach()
@@ -191,6 +203,8 @@ class Chunk:
         self.pooled = pooled
         self.deep_gradient_CS = torch.zeros_like(pooled.deep_BS)
         self.wide_gradient_CW = torch.zeros_like(pooled.wide_BW)
+        self.learned_C = torch.zeros_like(batch.weights_B)
+        """Weights of the examples that were learned; 0 for all others."""
 
     def keep_gradients(self, pieces: Sequence["_MicroBatch"], layout: TableLayout) -> None:
         """Adds those of one batch: to its own rows, and to the rows that carry its users' histories."""
@@ -198,12 +212,19 @@ class Chunk:
             deep_mS, wide_mW = piece.deep_mS.grad, piece.wide_mW.grad
             assert deep_mS is not None
             assert wide_mW is not None
+            self.learned_C[piece.rows] = self.batch.weights_B[piece.rows]
             self.wide_gradient_CW[piece.rows] = wide_mW
             plain = layout.plain_width
             self.deep_gradient_CS[piece.rows, :plain] = deep_mS[:, :plain]
             if self.batch.history_row_B is not None:
                 history_CS = self.deep_gradient_CS[:, plain:]
                 history_CS.index_add_(0, self.batch.history_row_B[piece.rows], deep_mS[:, plain:])
+
+    def lookups(self, layout: TableLayout) -> tuple[Lookups, Lookups]:
+        """What was looked up, with the gradients gathered for it."""
+        batch = self.batch
+        gradients = (self.deep_gradient_CS, self.wide_gradient_CW)
+        return lookups_of(layout, batch.deep, batch.wide, *gradients, self.learned_C, batch.history_row_B)
 
 
 class _MicroBatch:

@@ -183,6 +183,9 @@ def test_an_unknown_data_set_is_a_wrong_declaration(dataset: str) -> None:
 def test_smoothing_the_gradient_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"gradient_ema = 0\.9 with dense_optimizer = 'adam'.*use dense_optimizer 'adagrad'"):
         load_config(overrides=["training.gradient_ema=0.9"])
+    for optimizer in ("lars", "lamb"):
+        with pytest.raises(ConfigError, match=f"dense_optimizer = '{optimizer}' smooths the gradient twice"):
+            load_config(overrides=["training.gradient_ema=0.9", f"training.dense_optimizer={optimizer}"])
     for optimizer in ("adagrad", "sgd"):
         once = load_config(overrides=["training.gradient_ema=0.9", f"training.dense_optimizer={optimizer}"])
         assert once.training.gradient_ema == 0.9

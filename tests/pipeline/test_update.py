@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
-from pipeline.config import UpdateConfig, load_config
+from pipeline.config import TrainingConfig, UpdateConfig, load_config
 from pipeline.data.encode import EncodedWindow, UserBags, encode
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -125,6 +125,25 @@ def _learn_all(config: UpdateConfig) -> list[UpdateReport]:
     return reports
 
 
+def _learn_all_in_memory(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch) -> list[UpdateReport]:
+    """As `_learn_all`, but nothing is restored from disk after the first update."""
+    import pipeline.update as update
+
+    kept = {}
+
+    def restore_once(settings: UpdateConfig, spec: object) -> object:
+        return kept.get("state") or restore_or_create(settings, spec)  # type: ignore[arg-type]
+
+    def save_and_keep(*args: object, **more: object) -> object:
+        kept["state"] = original(*args, **more)  # type: ignore[arg-type]
+        return kept["state"]
+
+    original = update.save
+    monkeypatch.setattr(update, "restore_or_create", restore_once)
+    monkeypatch.setattr(update, "save", save_and_keep)
+    return _learn_all(config)
+
+
 def _bits(config: UpdateConfig) -> dict[str, bytes]:
     """Every number that the current checkpoint holds."""
     state = restore_or_create(config, load_spec(config.dataset), Processes())
@@ -163,24 +182,50 @@ def test_twelve_windows_with_a_restart_between_each_equal_twelve_without(
     _ingest(config)
     together = config.model_copy(update={"model_name": "together"})
     _learn_all(config)
-
-    kept = {}
-    import pipeline.update as update
-
-    def restore_once(settings: UpdateConfig, spec: object) -> object:
-        return kept.get("state") or restore_or_create(settings, spec)  # type: ignore[arg-type]
-
-    def save_and_keep(*args: object, **more: object) -> object:
-        kept["state"] = original(*args, **more)  # type: ignore[arg-type]
-        return kept["state"]
-
-    original = update.save
-    monkeypatch.setattr(update, "restore_or_create", restore_once)
-    monkeypatch.setattr(update, "save", save_and_keep)
-    reports = _learn_all(together)
+    reports = _learn_all_in_memory(together, monkeypatch)
     assert len(reports) == 12
     assert sum(report.ids["user"].evicted for report in reports) > 0, "rows changed their owner"
     assert _bits(config) == _bits(together)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"dense_optimizer": "lars", "sparse_gradient_ema": 0.8, "cowclip": True, "cowclip_ratio": 0.01, "sparse_step_rows": 0},
+        {"dense_optimizer": "lamb", "sparse_weight_ema": 0.8, "sparse_step_rows": 128},
+    ],
+    ids=str,
+)
+def test_optimizers_and_averages_go_on_from_disk_as_they_would_from_memory(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch, training: dict[str, object]
+) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    checked = TrainingConfig(**{**config.training.model_dump(), **training})
+    config = config.model_copy(update={"training": checked})
+    _ingest(config)
+    together = config.model_copy(update={"model_name": "together"})
+    _learn_all(config)
+    _learn_all_in_memory(together, monkeypatch)
+    assert _bits(config) == _bits(together)
+
+
+def test_the_averages_of_table_rows_are_what_is_evaluated_and_published(config: UpdateConfig, tmp_path: Path) -> None:
+    for hour in range(3):
+        _write_hour(config, hour)
+    checked = TrainingConfig(**{**config.training.model_dump(), "sparse_weight_ema": 0.9, "sparse_step_rows": 0})
+    config = config.model_copy(update={"training": checked})
+    _ingest(config)
+    report, spec = _learn_all(config)[-1], load_spec(config.dataset)
+    state = restore_or_create(config, spec, Processes())
+    live, bits = _predicted(state, config, spec), _bits(config)
+    export_predictor(state, spec, config.model, tmp_path / "served")
+    with state.learner.averaged():
+        averaged = _predicted(state, config, spec)
+    np.testing.assert_array_equal(_predicted(load_predictor(tmp_path / "served"), config, spec), averaged)
+    assert np.abs(averaged - live).max() > 1e-3
+    assert _bits(config) == bits, "looking at the averages moves no weight"
+    assert report.after is not None
 
 
 def test_out_of_time_rows_are_learned_by_the_next_update_and_the_budget_holds(config: UpdateConfig) -> None:

@@ -1,0 +1,62 @@
+"""What a model has been through lately: printed, and written as an HTML page, from its folder alone.
+
+python flows/status.py --state-dir demo/state --page status.html
+"""
+
+import flows.environment  # noqa: F401 - before prefect
+
+# isort: split
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from data_schemas.errors import ConfigError
+from flows.catching_up import settings_for
+from flows.history import reports_of
+from flows.terminal import run_command
+from pipeline.publishing.checkpoint import current_version
+from pipeline.publishing.plots import auc_by_hour
+from pipeline.publishing.report import read_history
+from pipeline.publishing.status import SHOWN_UPDATES, headline, status_page, status_rows, status_table
+
+
+def status(
+    *,
+    config: str | None = None,
+    state_dir: str | None = None,
+    model_name: str | None = None,
+    page: str | None = None,
+    last: int = 24,
+    overrides: list[str] | None = None,
+) -> None:
+    """Print the last updates of a model, and write them as an HTML page.
+
+    Args:
+        config: Settings file (TOML), as the hourly update takes it.
+        state_dir: Folder of everything that is kept.
+        model_name: Which model in it.
+        page: File of the page; by default status.html in the model's folder.
+        last: Updates to print; the page shows 168.
+        overrides: Any other setting, such as model_name=nightly; may be given several times.
+    """
+    if last < 1:
+        raise ConfigError(f"last must be at least 1, got {last}; it is how many updates are printed")
+    settings = settings_for(config, overrides, state_dir=state_dir, model_name=model_name)
+    if not settings.model_dir.is_dir():
+        raise ConfigError(f"there is no model in {settings.model_dir}; name another state_dir or model_name")
+    reports, serving = reports_of(settings.model_dir), current_version(settings.model_dir)
+    rows, title = status_rows(reports, serving), headline(settings.model_name, reports, serving)
+    target = Path(page) if page else settings.model_dir / "status.html"
+    plot = auc_by_hour(read_history(settings.model_dir)[-SHOWN_UPDATES:])
+    target.write_text(status_page(title, rows, plot=plot, now=datetime.now(UTC)), encoding="utf-8")
+    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False)
+    console.print(title, markup=False)
+    if rows:
+        console.print(status_table(rows, most=last))
+    console.print(f"page: {target}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(status, status, name="status"))

@@ -1,0 +1,123 @@
+"""The status of a model, from its folder alone."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_schemas.errors import ConfigError
+from flows.status import status
+from flows.terminal import run_command
+from pipeline.evaluation.metrics import measure
+from pipeline.outcome import UpdateReport
+from pipeline.publishing.report import append_history
+from pipeline.publishing.status import SHOWN_UPDATES, headline, status_page, status_rows
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def report(hour: int, **changed: object) -> UpdateReport:
+    rng = np.random.default_rng(hour)
+    made = UpdateReport(
+        dataset="synthetic",
+        model_name="hourly",
+        outcome="published",
+        version=hour + 1,
+        log_version=3,
+        window_start=START + timedelta(hours=hour),
+        window_end=START + timedelta(hours=hour + 1),
+        rows=1234,
+        late_rows=0,
+        rows_learned=1200,
+        rows_pending=34,
+        batch_size=512,
+        precision="fp32",
+        before=measure(rng.integers(0, 2, 200), rng.random(200), rng.integers(0, 5, 200)),
+        after=None,
+        frozen=None,
+        evaluated_rows=200,
+        seconds={"learn": 1.5},
+        budget_seconds=60.0,
+        plan=(),
+        loss_curve=(),
+        skipped_steps=0,
+        git_commit="",
+        notes=(),
+    )
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+class Cells(HTMLParser):
+    """Texts of the table's cells, and the names of all tags."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cells:
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    folder = tmp_path / "models/hourly"
+    for hour in range(SHOWN_UPDATES + 2):
+        append_history(folder, report(hour))
+    (folder / "CURRENT").write_text(f"v{SHOWN_UPDATES + 2:06d}\n")
+    return tmp_path
+
+
+def test_the_page_has_the_last_week_newest_first(state: Path) -> None:
+    status(state_dir=str(state))
+    page = (state / "models/hourly/status.html").read_text()
+    rows = [cell for cell in Cells(page).cells if cell.startswith("2026-")]
+    assert len(rows) == SHOWN_UPDATES
+    assert rows[0].startswith("2026-01-08 01:00")
+    assert rows[-1].startswith("2026-01-01 02:00")
+    assert 'src="data:image/png;base64,' in page
+
+
+def test_the_terminal_shows_as_many_as_it_is_asked_for(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status(state_dir=str(state), last=3, page=str(state / "page.html"))
+    said = capsys.readouterr().out
+    assert "version 170 serves; 168 of 170 updates shown, all inside the budget" in said
+    assert said.count("published") == 3
+    assert "170 *" in said
+    assert (state / "page.html").is_file()
+
+
+def test_a_note_is_text_whatever_it_holds() -> None:
+    hostile = report(0, notes=("<script>alert(1)</script>",))
+    page = status_page("<b>", status_rows([hostile], 1), plot=None, now=START)
+    assert "script" not in Cells(page).tags
+    assert any("<script>alert(1)</script>" in cell for cell in Cells(page).cells)
+
+
+def test_an_update_over_its_budget_is_marked_and_counted() -> None:
+    reports = [report(0), report(1, seconds={"learn": 61.0})]
+    late, _ = status_rows(reports, 2)
+    assert late.over_budget
+    assert late.serves
+    assert "1 over the budget" in headline("hourly", reports, 2)
+
+
+def test_a_model_that_never_published_says_so() -> None:
+    assert headline("hourly", [], None) == "hourly: no update has published a model yet"
+
+
+def test_wrong_parameters_name_the_way_out(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="last must be at least 1, got 0"):
+        status(state_dir=str(state), last=0)
+    assert run_command(status, status, ["--state-dir", str(state), "--model-name", "absent"], name="status") == 1
+    assert "there is no model in" in capsys.readouterr().err
