@@ -154,7 +154,7 @@ def _run(name: str, seed: int, hours: Sequence[_Pair], warmup: int) -> _Score:
             before = concatenate(past[-24:]) if past and sampling.negatives_trailing_hours else None
             negatives = _draw(hour, spec, sampling, seed, system, stream, before)
             encoded = stream.encoded(negatives.examples, hour.start)
-            learned = _window(hour.start, negatives.examples, replace(encoded, shift_R=negatives.shift_R))
+            learned = _window(hour.start, negatives.examples, replace(encoded, logit_shifts_R=negatives.shift_R))
             drawn = learned
         if hour.start >= hours[0].start + warmup:
             judged.append((hour.impressions.labels_R, system.predict(test)))

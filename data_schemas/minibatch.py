@@ -25,8 +25,9 @@ class MiniBatch:
     """`[B] float32`, 0 or 1."""
     weights_B: torch.Tensor
     """`[B] float32`, one over the inclusion probability; 0 for rows that only fill a shape."""
-    shift_B: torch.Tensor | None = None
-    """`[B] float32`, added to the logits before they are judged, where clicks and others were sampled at different rates."""
+    logit_shifts_B: torch.Tensor | None = None
+    """`[B] float32`, added to the logits while learning and never when predicting: what drawn rows owe to how they were
+    drawn. None: nothing."""
 
     @property
     def num_rows(self) -> int:
@@ -42,5 +43,5 @@ class MiniBatch:
             dense_BN=self.dense_BN.to(device, non_blocking=True),
             labels_B=self.labels_B.to(device, non_blocking=True),
             weights_B=self.weights_B.to(device, non_blocking=True),
-            shift_B=None if self.shift_B is None else self.shift_B.to(device, non_blocking=True),
+            logit_shifts_B=None if self.logit_shifts_B is None else self.logit_shifts_B.to(device, non_blocking=True),
         )

@@ -192,7 +192,7 @@ def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetS
     new = np.flatnonzero(examples.hour_R >= window.start)
     return _Rows(
         examples=examples,
-        encoded=replace(encoded(examples), shift_R=drawn.shift_R),
+        encoded=replace(encoded(examples), logit_shifts_R=drawn.shift_R),
         num_logged=drawn.num_logged,
         judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),

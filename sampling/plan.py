@@ -150,7 +150,7 @@ def sample_rows(rules: Rules, columns: Columns, seed: tuple[int, ...]) -> Sample
         table = _table(strata, np.zeros(len(ones_R), bool), rate_S, ones_R, ones_R > 0, rules.correction, seed)
         return Sample(strata=strata, kept_R=None, factor_R=None, shift_R=None, plan=table)
     others = tuple(name for name in rules.strata if name != "label")
-    strata, rng = columns.strata(("label", *others)), np.random.default_rng([*seed, 2])
+    strata, rng = columns.strata(("label", *others)), np.random.default_rng([*seed, 3])
     among_R = within_cap(columns.user_R, rules.max_rows_per_user, rng)
     among_R &= within_cap(columns.item_R, rules.max_rows_per_item, rng)
     wanted_S = _rates(rules, strata, among_R)

@@ -75,8 +75,8 @@ class EncodedWindow:
     labels_R: F32
     weights_R: F32
     user_R: U64
-    shift_R: F32 | None = None
-    """`[R]` added to a row's logit when it is learned, never when it is predicted; None: nothing is."""
+    logit_shifts_R: F32 | None = None
+    """As in `MiniBatch`; None: nothing."""
 
     @property
     def num_rows(self) -> int:
@@ -102,7 +102,7 @@ class EncodedWindow:
             dense_BN=torch.from_numpy(self.dense_RN[rows_B]),
             labels_B=torch.from_numpy(self.labels_R[rows_B]),
             weights_B=torch.from_numpy(weights_B if filling_B is None else np.where(filling_B, np.float32(0), weights_B)),
-            shift_B=None if self.shift_R is None else torch.from_numpy(self.shift_R[rows_B]),
+            logit_shifts_B=None if self.logit_shifts_R is None else torch.from_numpy(self.logit_shifts_R[rows_B]),
         )
 
     def _segments(self, gathered_KB: I64, rows_B: I64) -> dict[str, "_Segment"]:

@@ -40,15 +40,18 @@ class Learned:
     skipped_steps: int
     skipped_rows: int
     """Rows of skipped steps: not learned, and not learned later either."""
+    kept_R: npt.NDArray[np.bool_] | None = None
+    """True for rows that were not left out by sampling; None: all."""
 
     def first(self, num_rows: int) -> "Learned":
         """What was done with the first rows of the window alone; what was skipped or left out is shared out evenly."""
         if num_rows == len(self.unreached_R):
             return self
         unreached_R = self.unreached_R[:num_rows]
-        share = (num_rows - int(unreached_R.sum())) / max(len(self.unreached_R) - int(self.unreached_R.sum()), 1)
-        rows, skipped_rows = round(self.rows * share), round(self.skipped_rows * share)
-        return replace(self, rows=rows, unreached_R=unreached_R, skipped_rows=skipped_rows)
+        kept_R = np.ones(num_rows, bool) if self.kept_R is None else self.kept_R[:num_rows]
+        reached, all_reached = int((kept_R & ~unreached_R).sum()), self.rows + self.skipped_rows
+        skipped = round(self.skipped_rows * reached / max(all_reached, 1))
+        return replace(self, rows=reached - skipped, unreached_R=unreached_R, kept_R=kept_R, skipped_rows=skipped)
 
 
 def learn(
@@ -95,7 +98,7 @@ def learn(
         learner.finish(chunk)
     unreached_R = np.zeros(window.num_rows, bool)
     unreached_R[cursor.unreached()] = True
-    return trace.learned(unreached_R)
+    return replace(trace.learned(unreached_R), kept_R=kept_R)
 
 
 @dataclass(frozen=True, kw_only=True)

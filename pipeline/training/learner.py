@@ -158,8 +158,8 @@ class Learner:
         part = piece.rows
         with self.autocast():
             logits_m = self.model.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
-        if chunk.batch.shift_B is not None:
-            logits_m = logits_m.float() + chunk.batch.shift_B[part]
+        if chunk.batch.logit_shifts_B is not None:
+            logits_m = logits_m.float() + chunk.batch.logit_shifts_B[part]
         loss = weighted_log_loss_sum(logits_m, chunk.batch.labels_B[part], chunk.batch.weights_B[part]) / divisor
         self.scaler.scale(loss).backward()
         return loss.detach()

@@ -45,10 +45,8 @@ def sample_window(
         return SampledWindow(window=window, stratum_R=None, kept_R=None, plan=None)
     sample = sample_rows(rules, columns_of(examples, window, spec, rules.strata), seed)
     if sample.factor_R is not None:
-        shifts = [shift_R for shift_R in (window.shift_R, sample.shift_R) if shift_R is not None]
-        window = replace(
-            window, weights_R=window.weights_R * sample.factor_R, shift_R=np.sum(shifts, axis=0) if shifts else None
-        )
+        shifts_R = _sum(window.logit_shifts_R, sample.shift_R)
+        window = replace(window, weights_R=window.weights_R * sample.factor_R, logit_shifts_R=shifts_R)
     stratum_R = sample.strata.stratum_R if config.stratified_batches else None
     return SampledWindow(window=window, stratum_R=stratum_R, kept_R=sample.kept_R, plan=sample.plan)
 
@@ -64,6 +62,13 @@ def columns_of(examples: Examples, window: EncodedWindow, spec: DatasetSpec, by:
         age_hours_R=_age_hours(window, spec) if "item_age" in by else None,
         activity_R=occurrences(examples.user_R) if "user_activity" in by and spec.user else None,
     )
+
+
+def _sum(drawn_R: F32 | None, thinned_R: F32 | None) -> F32 | None:
+    """Shifts add up: each is the log of a ratio of probabilities."""
+    if drawn_R is None or thinned_R is None:
+        return thinned_R if drawn_R is None else drawn_R
+    return drawn_R + thinned_R
 
 
 def _age_hours(window: EncodedWindow, spec: DatasetSpec) -> F32 | None:

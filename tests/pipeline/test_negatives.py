@@ -271,7 +271,7 @@ def test_shifted_logits_are_what_is_learned(small_spec: DatasetSpec, small_examp
     learner = Learner(model, TrainingConfig(micro_batch_size=16), precision="fp32", device=device)
     shifts = np.random.default_rng(0).normal(size=64).astype(np.float32)
     before = probabilities(model, learner.dense_weights(averaged=False), window, device=device)
-    shifted = replace(window, shift_R=shifts)
+    shifted = replace(window, logit_shifts_R=shifts)
     np.testing.assert_array_equal(before, probabilities(model, learner.dense_weights(averaged=False), shifted, device=device))
     chunk = learner.look_up(shifted.minibatch(np.arange(64)))
     result = learner.step(chunk, slice(0, 64), divisor=64.0, learning_rate=0.001)
