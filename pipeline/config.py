@@ -240,6 +240,12 @@ class SamplingConfig(_Part):
     """With `hard`: the share of a click's negatives that is the model's own top, rounded; at least one is left to chance."""
     hard_candidates: Annotated[int, Field(ge=2, le=1000)] = 16
     """With `hard`: items drawn for each click by the law of exposure, which the model then scores."""
+    replay_share: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Share of past rows among those learned, in number and in weight, as far as they are held; against forgetting. 0 for none:
+    then no past row is kept."""
+    replay_capacity: Annotated[int, Field(ge=2, le=10_000_000)] = 100_000
+    """Past rows kept with the model at most: half of them clicks, half not, of each a uniform sample of all that were ever
+    learned. Another capacity starts the sample anew."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -251,6 +257,16 @@ class SamplingConfig(_Part):
             raise ValueError("negative_keep_rate has no effect with allocation 'given'; leave it at 1.0")
         if self.replacement and self.draw == "poisson":
             raise ValueError("replacement needs draw 'fixed': 'poisson' draws a row once at most")
+        return self
+
+    @model_validator(mode="after")
+    def _past_rows_carry_weights_alone(self) -> Self:
+        shifts = self.correction == "logit_shift" or self.negative_correction == "logq"
+        if self.replay_share and shifts:
+            raise ValueError(
+                f"replay_share = {self.replay_share} keeps weights of past rows and no shifts of their logits; set correction "
+                "and negative_correction to 'weights', or replay_share to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ from models.widening import (
     widen,
 )
 from pipeline.config import ModelConfig, UpdateConfig
-from pipeline.data.encode import EncodedWindow, dense_columns, look_up_again, num_dense_columns
+from pipeline.data.encode import EncodedWindow, dense_columns, look_up_again, num_dense_columns, num_normalised
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
 from pipeline.publishing.checkpoint import (
@@ -55,6 +55,7 @@ from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
 from pipeline.training.processes import Processes, shard_tables
+from pipeline.training.replay import ReplayMemory
 from pipeline.training.smoothing import MovingAverage
 from sampling.plan import SamplingPlan, as_table
 
@@ -78,6 +79,8 @@ class ModelState:
     """Counters and histories of every row consumed."""
     ids: IdTables
     """Ids that have a row of their own, where a feature asks for admission."""
+    replay: ReplayMemory
+    """Past rows that are learned again, where the settings ask for it."""
     cursor: Cursor
     version: int
     """Of the checkpoint that it was restored from; 0 for a new model."""
@@ -154,7 +157,7 @@ def save(
         manifest,
         dense=_dense_tensors(learner),
         tables=learner.model.tables,
-        memory=state.memory.arrays() | state.ids.arrays(),
+        memory=state.memory.arrays() | state.ids.arrays() | state.replay.arrays(),
         pending=bitmaps,
         keep=config.keep_checkpoints,
         processes=learner.processes,
@@ -281,7 +284,15 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         device=device,
     )
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
-    return ModelState(learner=learner, moments=None, memory=Memory(spec), ids=IdTables(spec), cursor=Cursor(), version=0)
+    return ModelState(
+        learner=learner,
+        moments=None,
+        memory=Memory(spec),
+        ids=IdTables(spec),
+        replay=ReplayMemory.empty(config.sampling),
+        cursor=Cursor(),
+        version=0,
+    )
 
 
 def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
@@ -308,6 +319,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         moments=moments,
         memory=memory,
         ids=ids,
+        replay=ReplayMemory.load(kept, config.sampling, spec, num_normalised(spec)),
         cursor=cursor,
         version=manifest.version,
         notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),

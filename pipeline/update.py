@@ -39,7 +39,8 @@ from pipeline.publishing.report import append_history, read_history
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.budget import Clock, Deadline, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
-from pipeline.training.sampling import sample_window
+from pipeline.training.replay import after_window, with_replay
+from pipeline.training.sampling import SampledWindow, sample_window
 from sampling.plan import SamplingPlan
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ class _Rows:
     """What the window did to admitted ids, once it was counted."""
     notes: tuple[str, ...] = ()
     """What was drawn."""
+    learned: SampledWindow | None = None
+    """As the rows were learned."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,7 @@ def _learn(
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
     policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
+    sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     learned = learn(
         state.learner,
         sampled.window,
@@ -293,6 +297,9 @@ def _learn(
         stratum_R=sampled.stratum_R,
         kept_R=sampled.kept_R,
     )
+    num_past = sampled.window.num_rows - rows.encoded.num_rows
+    past = (f"{num_past:,} past rows were learned again",) if num_past else ()
+    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled)
     return rows, learned, sampled.plan
 
 
@@ -306,9 +313,12 @@ def _checkpoint(
     spec: DatasetSpec,
 ) -> ModelState:
     """The state as saved; from now on it serves, and its rows are consumed."""
-    reached, logged = np.flatnonzero(~learned.unreached_R), learned.first(rows.num_logged)
+    reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
+    if config.sampling.replay_share and rows.learned is not None:
+        replay = after_window(state.replay, rows.examples, rows.learned, state.memory, reached, seed=rows.seed)
+        state = replace(state, replay=replay)
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
     saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan)
