@@ -6,7 +6,9 @@ from datetime import datetime
 from typing import Literal
 
 from models.id_table import IdFigures
+from pipeline.evaluation.diagnosis import Diagnosis
 from pipeline.evaluation.metrics import Metrics
+from pipeline.evaluation.stability import Stability
 
 Outcome = Literal["published", "empty"]
 
@@ -80,6 +82,10 @@ class UpdateReport:
     """Everything that was dropped, capped or skipped, in words."""
     ids: Mapping[str, IdFigures] = field(default_factory=dict)
     """By feature with `ids = "admitted"`."""
+    stability: Stability | None = None
+    """How steady learning was."""
+    diagnosis: Diagnosis | None = None
+    """What is wrong with it, if anything."""
 
     @property
     def total_seconds(self) -> float:
