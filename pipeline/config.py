@@ -301,6 +301,9 @@ class EvaluationConfig(_Part):
 
     max_rows: Annotated[int, Field(ge=1)] = 1_000_000
     """A larger window is evaluated on a uniform sample of this size, and says so."""
+    probe_rows: Annotated[int, Field(ge=0)] = 256
+    """Rows on which at most 36 steps of a window are looked at from outside, for the stability figures and the diagnosis; 0 for
+    none. Needs one process."""
     frozen_after_updates: Annotated[int, Field(ge=0)] = 0
     """Keep the model of this update and evaluate it beside every later one, to show what freshness is worth; 0 for none."""
 

@@ -6,7 +6,9 @@ from datetime import datetime
 from typing import Literal
 
 from models.id_table import IdFigures
+from pipeline.evaluation.diagnosis import Diagnosis
 from pipeline.evaluation.metrics import Metrics
+from pipeline.evaluation.stability import Stability
 from sampling.plan import SamplingPlan
 
 Outcome = Literal["published", "empty"]
@@ -83,6 +85,10 @@ class UpdateReport:
     """By feature with `ids = "admitted"`."""
     sampling: SamplingPlan | None = None
     """What was to be learned of each stratum; None where the settings name no strata and leave no row out."""
+    stability: Stability | None = None
+    """How steady learning was."""
+    diagnosis: Diagnosis | None = None
+    """What is wrong with it, if anything."""
 
     @property
     def total_seconds(self) -> float:

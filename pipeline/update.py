@@ -7,12 +7,12 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Window, as_time, next_window, read_window
 from pipeline.evaluation.metrics import CalibrationBin, Metrics, calibration_bins, measure
 from pipeline.evaluation.score import probabilities
+from pipeline.evaluation.steadiness import judge_steadiness
 from pipeline.lock import alone
 from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
@@ -39,6 +40,7 @@ from pipeline.publishing.report import append_history, read_history
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.budget import Clock, Deadline, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
+from pipeline.training.probes import Probed
 from pipeline.training.replay import after_window, with_replay
 from pipeline.training.sampling import SampledWindow, sample_window
 from sampling.plan import SamplingPlan
@@ -93,6 +95,7 @@ def run_update(
         after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
         saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec))
         report = _report(config, spec, window, saved, rows, learned, plan, _Scores(before, after, frozen), stages.seconds)
+        report = _with_steadiness(report, window, learned, before, after, history)
         append_history(config.model_dir, report)
         note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
         report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
@@ -134,6 +137,7 @@ class _Score:
 
     metrics: Metrics
     bins: tuple[CalibrationBin, ...]
+    probabilities: F32
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,7 @@ def _measure(rows: _Rows, chosen: I64, scored: F32) -> _Score | None:
         return None
     labels, users = rows.encoded.labels_R[chosen], rows.encoded.user_R[chosen]
     weights = rows.judged_weights_R[chosen]
-    return _Score(measure(labels, scored, users, weights), calibration_bins(labels, scored, weights))
+    return _Score(measure(labels, scored, users, weights), calibration_bins(labels, scored, weights), scored)
 
 
 def _learn(
@@ -296,6 +300,7 @@ def _learn(
         progress=progress,
         stratum_R=sampled.stratum_R,
         kept_R=sampled.kept_R,
+        probe_rows=config.evaluation.probe_rows,
     )
     num_past = sampled.window.num_rows - rows.encoded.num_rows
     past = (f"{num_past:,} past rows were learned again",) if num_past else ()
@@ -419,6 +424,27 @@ def _report(
         ids=rows.ids,
         sampling=plan,
     )
+
+
+def _with_steadiness(
+    report: UpdateReport,
+    window: Window,
+    learned: Learned,
+    before: _Score | None,
+    after: _Score | None,
+    history: Sequence[Mapping[str, Any]],
+) -> UpdateReport:
+    probed = learned.probed or Probed(steps=(), log_losses=(), gradient_norms=())
+    figures, diagnosis = judge_steadiness(
+        probed.steps,
+        probed.log_losses,
+        probed.gradient_norms,
+        hour=window.start,
+        before=before.metrics if before else None,
+        probabilities=(before.probabilities, after.probabilities) if before and after else None,
+        history=history,
+    )
+    return replace(report, stability=figures, diagnosis=diagnosis)
 
 
 def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows: int) -> Iterator[str]:

@@ -69,6 +69,7 @@ def as_markdown(report: UpdateReport, plots: Mapping[str, str] | None = None) ->
         verdict(report),
         _figures(report),
         *(f"![{title}]({address})" for title, address in (plots or {}).items()),
+        _stability(report),
         _rows(report),
         _sampling(report.sampling),
         _ids(report.ids),
@@ -194,6 +195,31 @@ def _with_interval(metrics: Metrics, name: str, digits: int) -> str:
     interval: Interval | None = getattr(metrics, f"{name}_interval", None)
     text = _figure(getattr(metrics, name), digits)
     return text if interval is None else f"{text} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def _stability(report: UpdateReport) -> str:
+    figures, diagnosis = report.stability, report.diagnosis
+    if figures is None or diagnosis is None:
+        return ""
+    found = f"**{diagnosis.verdict.replace('_', ' ')}**" if diagnosis.verdict else "not judged"
+    lines = [_line("measure", ""), _line("---", "---:")]
+    for label, value, digits in (
+        ("log loss of fixed rows over steps: standard deviation", figures.probe_deviation, 5),
+        ("spikes of it", figures.probe_spikes, 0),
+        ("gradient norms: standard deviation / mean", figures.gradient_variation, 2),
+        ("published probabilities: mean change", figures.churn, 4),
+        ("published probabilities: change that 1 % exceed", figures.churn_p99, 4),
+    ):
+        lines.append(_line(label, _figure(value, digits)))
+    for label, change in (("AUC", figures.auc_change), ("log loss", figures.log_loss_change)):
+        if change is not None:
+            interval = f"[{change.interval.low:+.4f}, {change.interval.high:+.4f}]"
+            lines.append(_line(f"{label}: change from the window before", f"{change.value:+.4f} {interval}"))
+    return f"## Stability\n\nDiagnosis: {_sentence(found, diagnosis.reason)}\n\n" + "\n".join(lines)
+
+
+def _sentence(found: str, reason: str) -> str:
+    return f"{found}: {reason}." if reason else f"{found}."
 
 
 def _rows(report: UpdateReport) -> str:

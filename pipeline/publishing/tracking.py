@@ -21,12 +21,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from filelock import FileLock
 
 from data_schemas.errors import TrackingUnavailable
 from pipeline.config import UpdateConfig
+from pipeline.evaluation.diagnosis import Verdict
 from pipeline.evaluation.metrics import Metrics
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import verdict
@@ -324,6 +325,7 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     values |= {"rows/window": float(report.rows), "batch_size": float(report.batch_size)}
     values |= {f"seconds/{stage}": seconds for stage, seconds in report.seconds.items()}
     values |= {"seconds/total": report.total_seconds, "budget/share": report.total_seconds / report.budget_seconds}
+    values |= stability_values(report)
     for feature, figures in report.ids.items():
         values |= {f"ids/{feature}/{name}": float(value) for name, value in asdict(figures).items()}
     if report.sampling:
@@ -333,6 +335,16 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
         MetricPoint(key=key, value=value, step=int(start // 3600), timestamp_ms=int(start * 1000))
         for key, value in values.items()
     ]
+
+
+def stability_values(report: UpdateReport) -> dict[str, float]:
+    """`stability/<figure>`, and `diagnosis/<verdict>`: 1 for the verdict of this update, 0 for the other three; none of them
+    where there was too little to judge by."""
+    figures = report.stability.as_dict() if report.stability else {}
+    values = {f"stability/{name}": value for name, value in figures.items()}
+    if report.diagnosis and report.diagnosis.verdict:
+        values |= {f"diagnosis/{verdict}": float(verdict == report.diagnosis.verdict) for verdict in get_args(Verdict)}
+    return values
 
 
 def _shown(metrics: Metrics | None, when: str) -> dict[str, float]:

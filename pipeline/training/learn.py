@@ -4,6 +4,7 @@ Enters: an encoded window and a learner. Leaves: the learner changed in place, a
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,11 +16,14 @@ from pipeline.outcome import LossPoint, PlanRecord
 from pipeline.training.batch_size import BatchPolicy, Decision
 from pipeline.training.budget import Deadline
 from pipeline.training.learner import Chunk, Learner, StepResult
+from pipeline.training.probes import Probed, Probes
 from pipeline.training.processes import Processes
 from sampling.minibatches import BatchCursor
 
 LOSS_POINTS = 200
 """Points of the loss curve at most."""
+LEAST_PROBE_ROWS = 32
+"""Steps are not probed on fewer rows."""
 
 Progress = Callable[[int, int], None]
 """Called with rows learned and rows to learn."""
@@ -42,6 +46,8 @@ class Learned:
     """Rows of skipped steps: not learned, and not learned later either."""
     kept_R: npt.NDArray[np.bool_] | None = None
     """True for rows that were not left out by sampling; None: all."""
+    probed: Probed | None = None
+    """What single steps did; None where none was probed."""
 
     def first(self, num_rows: int) -> "Learned":
         """What was done with the first rows of the window alone; what was skipped or left out is shared out evenly."""
@@ -64,6 +70,7 @@ def learn(
     progress: Progress = lambda done, rows: None,
     stratum_R: npt.NDArray[np.int32] | None = None,
     kept_R: npt.NDArray[np.bool_] | None = None,
+    probe_rows: int = 0,
 ) -> Learned:
     """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached.
 
@@ -76,6 +83,7 @@ def learn(
         progress: called after each step.
         stratum_R: batches mirror these strata.
         kept_R: only these rows are learned; the others are reached as the pass goes by.
+        probe_rows: some steps are looked at on so many rows; 0 for none.
     """
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
     kept = slice(None) if kept_R is None else kept_R
@@ -85,6 +93,7 @@ def learn(
     trace = _Trace(num_rows)
     mean_weight = float(window.weights_R[kept].mean()) if num_rows else 1.0
     stopwatch = _Stopwatch(deadline, learner.processes)
+    probes = _probes(learner, window, cursor, probe_rows)
     while not stopwatch.out_of_time and (batches := _plan_chunk(cursor, policy, trace.steps, learner.config.sparse_step_rows)):
         chunk, own_rows = _look_up(learner, window, batches)
         for batch, rows in zip(batches, own_rows, strict=True):
@@ -92,13 +101,24 @@ def learn(
                 cursor.position = batch.position
                 break
             divisor = len(batch.rows) * mean_weight
-            result = learner.step(chunk, rows, divisor=divisor, learning_rate=batch.decision.learning_rate)
+            with probes.dense_step(chunk, rows, position=batch.position) if probes else nullcontext():
+                result = learner.step(chunk, rows, divisor=divisor, learning_rate=batch.decision.learning_rate)
             trace.add(batch, result, seconds=stopwatch.seconds())
             progress(batch.position + len(batch.rows), num_rows)
-        learner.finish(chunk)
+        done = cursor.position - batches[0].position
+        with probes.sparse_step(chunk, done, position=cursor.position) if probes else nullcontext():
+            learner.finish(chunk)
     unreached_R = np.zeros(window.num_rows, bool)
     unreached_R[cursor.unreached()] = True
-    return replace(trace.learned(unreached_R), kept_R=kept_R)
+    return replace(trace.learned(unreached_R), kept_R=kept_R, probed=probes.probed() if probes else None)
+
+
+def _probes(learner: Learner, window: EncodedWindow, cursor: BatchCursor, probe_rows: int) -> Probes | None:
+    """None where it was not asked for, for a few rows, and where a step's rows are spread over processes."""
+    probe_rows = min(probe_rows, cursor.remaining // 4)
+    if probe_rows < LEAST_PROBE_ROWS or learner.processes.count > 1:
+        return None
+    return Probes(learner, window.minibatch(cursor.order_R[-probe_rows:]), num_rows=cursor.remaining)
 
 
 @dataclass(frozen=True, kw_only=True)

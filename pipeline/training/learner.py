@@ -71,6 +71,8 @@ class Learner:
         """Steps since the model was new."""
         self.skipped_in_a_row = 0
         self.overflows_in_a_row = 0
+        self.gradient_norm = 0.0
+        """Of the last step, over dense weights and embeddings."""
         self.parameters = dict(model.net.named_parameters())
         self.optimizer = dense_optimizer(self.parameters.values(), config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -175,7 +177,8 @@ class Learner:
     def _gradients_are_finite(self, pieces: Sequence["_MicroBatch"]) -> bool:
         gradients = [leaf.grad for piece in pieces for leaf in (piece.deep_mS, piece.wide_mW) if leaf.grad is not None]
         gradients += [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+        return math.isfinite(self.gradient_norm)
 
     def _dense_step(self, rate: float) -> None:
         if self.gradient_average is not None:
