@@ -375,7 +375,6 @@ def _report(
 ) -> UpdateReport:
     before, after, frozen = (score.metrics if score else None for score in (scores.before, scores.after, scores.frozen))
     measured, logged = before or after, learned.first(rows.num_logged)
-    notes = (*saved.notes, *rows.notes, *_notes(window, logged, measured, rows.encoded.num_rows))
     return UpdateReport(
         dataset=spec.name,
         model_name=config.model_name,

@@ -62,9 +62,7 @@ class Model:
         started = time.process_time()
         sampled = sample_window(self.sampling, hour.examples, hour.window, self.spec, seed=seed)
         drawn = time.process_time()
-        done = learn(
-            self.learner, sampled.window, seed=seed, policy=policy, stratum_R=sampled.stratum_R, kept_R=sampled.kept_R
-        )
+        done = learn(self.learner, sampled.window, seed=seed, policy=policy, stratum_R=sampled.stratum_R, kept_R=sampled.kept_R)
         self.rows_learned += done.rows
         self.sampling_seconds += drawn - started
         self.learning_seconds += time.process_time() - drawn

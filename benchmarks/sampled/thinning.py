@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from sampled.streams import Model, hours_of, mean_and_range, synthetic_spec
 from sklearn.metrics import log_loss, roc_auc_score
 
 from data_schemas.examples import F32
 from pipeline.config import SamplingConfig
+from sampled.streams import Model, hours_of, mean_and_range, synthetic_spec
 
 WARMUP_HOURS = 4
 THINNED = {
@@ -17,7 +17,9 @@ THINNED = {
     for rate in (0.25, 0.1)
     for correction in ("weights", "logit_shift")
 } | {
-    f"keep {rate}, weights, batches by label": SamplingConfig(negative_keep_rate=rate, strata=("label",), stratified_batches=True)
+    f"keep {rate}, weights, batches by label": SamplingConfig(
+        negative_keep_rate=rate, strata=("label",), stratified_batches=True
+    )
     for rate in (0.25, 0.1)
 }
 STRATIFIED = {
