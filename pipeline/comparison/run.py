@@ -35,6 +35,7 @@ from pipeline.training.batch_size import BatchPolicy, FixedBatch
 from pipeline.training.budget import Clock, Deadline
 from pipeline.training.learn import Learned, learn
 from pipeline.training.learner import Learner
+from pipeline.training.sampling import sample_window
 
 Bools = npt.NDArray[np.bool_]
 
@@ -133,6 +134,7 @@ class _Entrant:
         with tempfile.TemporaryDirectory() as empty:
             self._state = restore_or_create(overridden(config, [f"state_dir={empty}"]), spec)
         self._config = config
+        self._spec = spec
         self._num_windows = num_windows
         self._probe_window = probe
         self._probe_rows: I64 = np.random.default_rng(0).permutation(probe.num_rows)[:PROBE_ROWS]
@@ -180,7 +182,10 @@ class _Entrant:
         if window.fresh_rows:
             learner.model.tables.start_rows(window.fresh_rows, like=SHARED_ROW, add_up=learner.processes.add_up)
         started, steps_before = clock(), learner.steps
-        marks = _Marks(min(window.num_rows, self._config.window.max_rows))
+        seed = (self._config.training.seed, window.end)
+        sampled = sample_window(self._config.sampling, window.examples, window.learned, self._spec, seed=seed)
+        kept_R = _capped(sampled.kept_R, window.num_rows, self._config.window.max_rows, seed)
+        marks = _Marks(window.num_rows if kept_R is None else int(kept_R.sum()))
         with clock.paused():
             self._probe(number, passed=0.0, rows=self._rows, seconds=self._seconds)
 
@@ -192,12 +197,13 @@ class _Entrant:
 
         learned = learn(
             learner,
-            window.learned,
-            seed=(self._config.training.seed, window.end),
+            sampled.window,
+            seed=seed,
             policy=_policy(self._config),
             deadline=Deadline(started=started, budget_seconds=self._config.budget.seconds, reserve_seconds=0.0, clock=clock),
             progress=along,
-            kept_R=_kept(window, self._config),
+            stratum_R=sampled.stratum_R,
+            kept_R=kept_R,
         )
         seconds = clock() - started
         self._rows += learned.rows
@@ -251,14 +257,14 @@ class _LearningClock:
         return clock()
 
 
-def _kept(window: RecordedWindow, config: UpdateConfig) -> Bools | None:
-    """`[R]` a uniform sample of `window.max_rows` rows, the same for all strategies of a seed; None: all rows."""
-    if window.num_rows <= config.window.max_rows:
-        return None
-    drawn = np.random.default_rng([config.training.seed, window.end, 2]).permutation(window.num_rows)
-    kept_R = np.zeros(window.num_rows, bool)
-    kept_R[drawn[: config.window.max_rows]] = True
-    return kept_R
+def _capped(kept_R: Bools | None, num_rows: int, max_rows: int, seed: tuple[int, ...]) -> Bools | None:
+    """`[R]` the kept rows, or a uniform sample of `max_rows` of them where they are more; None: all rows."""
+    rows = np.arange(num_rows) if kept_R is None else np.flatnonzero(kept_R)
+    if len(rows) <= max_rows:
+        return kept_R
+    capped_R = np.zeros(num_rows, bool)
+    capped_R[np.random.default_rng([*seed, 2]).permutation(rows)[:max_rows]] = True
+    return capped_R
 
 
 def _policy(config: UpdateConfig) -> BatchPolicy:

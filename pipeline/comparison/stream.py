@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from data_schemas.dataset import DatasetSpec
-from data_schemas.errors import NothingToLearn
-from data_schemas.examples import I64
+from data_schemas.errors import ConfigError, NothingToLearn
+from data_schemas.examples import I64, Examples
 from models.id_table import IdTables
 from models.memory import Memory
 from pipeline.config import UpdateConfig
@@ -31,6 +31,8 @@ class RecordedWindow:
     start: int
     """Hours since 1970-01-01T00Z."""
     end: int
+    examples: Examples
+    """Which rows a strategy leaves out depends on them."""
     predicted: EncodedWindow
     """As its rows are predicted, before its own ids are admitted."""
     learned: EncodedWindow
@@ -48,8 +50,14 @@ def recorded_stream(config: UpdateConfig, spec: DatasetSpec, *, hours: int | Non
     """The windows of the click log from its first hour on; `hours` ends the stream that long after its start.
 
     Raises:
+        ConfigError: a log of clicks only: settings draw its negatives, so that strategies would be judged on other rows.
         NothingToLearn: the click log is empty.
     """
+    if not spec.has_labels:
+        raise ConfigError(
+            f"the data set {spec.name!r} is a log of clicks only, whose negatives are drawn; strategies are compared on a log "
+            "that holds what was shown and not clicked"
+        )
     log = ClickLog.open_or_create(config.log_path, spec)
     windows = list(_encoded(log, config, spec, hours))
     if not windows:
@@ -69,6 +77,7 @@ def _encoded(log: ClickLog, config: UpdateConfig, spec: DatasetSpec, hours: int 
         yield RecordedWindow(
             start=window.start,
             end=window.end,
+            examples=examples,
             predicted=predicted,
             learned=look_up_again(predicted, examples, spec, ids) if admissions else predicted,
             fresh_rows={name: admission.fresh_rows for name, admission in admissions.items()},

@@ -146,6 +146,23 @@ def test_rows_over_the_cap_are_left_out_and_counted(config: UpdateConfig, stream
     assert [window.rows_left for window in done.windows[:-1]] == [window.num_rows - 40 for window in stream[:-1]]
 
 
+def test_rows_that_the_rules_of_sampling_leave_out_are_left_out_and_counted(
+    config: UpdateConfig, stream: list[RecordedWindow]
+) -> None:
+    thinned = overridden(config, ["sampling.negative_keep_rate=0.25"])
+    done = run_strategy("thinned", thinned, SPEC, stream, seed=0)
+    clicks = [int(window.predicted.labels_R.sum()) for window in stream[:-1]]
+    learned = [window.rows_learned for window in done.windows[:-1]]
+    assert all(clicked < rows < window.num_rows for clicked, rows, window in zip(clicks, learned, stream, strict=False))
+    assert [window.rows_learned + window.rows_left for window in done.windows[:-1]] == [w.num_rows for w in stream[:-1]]
+
+
+def test_a_log_of_clicks_only_is_refused(config: UpdateConfig) -> None:
+    clicks_only = SPEC.model_copy(update={"label": None})
+    with pytest.raises(ConfigError, match="log of clicks only"):
+        recorded_stream(config, clicks_only)
+
+
 def test_rows_that_a_pass_does_not_come_to_are_counted(config: UpdateConfig, stream: list[RecordedWindow]) -> None:
     hurried = overridden(config, ["budget.seconds=1e-9"])
     done = run_strategy("hurried", hurried, SPEC, stream, seed=0)
