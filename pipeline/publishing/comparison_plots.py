@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from pipeline.comparison.run import StrategyRun
 from pipeline.comparison.summary import Comparison
-from pipeline.publishing.plots import BLACK, BLUE, GREEN, ORANGE, _count_axis, _png, _short_count, _subtitle, _tidy, _title
+from pipeline.publishing.plots import BLACK, BLUE, GREEN, ORANGE, count_axis, png, put_subtitle, put_title, short_count, tidy
 
 F64 = npt.NDArray[np.float64]
 
@@ -47,8 +47,8 @@ def auc_by_rows(comparison: Comparison) -> bytes:
         "AUC so far, by rows learned", "AUC on rows not learned yet, mean so far", "rows learned since the start"
     )
     _draw_progress(axes, comparison, lambda run: [float(window.rows_learned) for window in run.windows])
-    _count_axis(axes)
-    return _png(figure)
+    count_axis(axes)
+    return png(figure)
 
 
 def auc_by_seconds(comparison: Comparison) -> bytes:
@@ -60,9 +60,9 @@ def auc_by_seconds(comparison: Comparison) -> bytes:
     )
     axes.set_xscale("log")
     _draw_progress(axes, comparison, lambda run: [window.seconds for window in run.windows])
-    axes.xaxis.set_major_formatter(FuncFormatter(_short_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(short_count))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    return _png(figure)
+    return png(figure)
 
 
 def probe_loss(comparison: Comparison) -> bytes:
@@ -89,7 +89,7 @@ def probe_loss(comparison: Comparison) -> bytes:
         fontsize=12.5,
         fontweight="bold",
     )
-    return _png(figure)
+    return png(figure)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _draw_progress(axes: Axes, comparison: Comparison, spent: Callable[[Strategy
     axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
     _name_lines(axes, lines)
     seeds = len(comparison.runs_of(comparison.reference))
-    _subtitle(axes, f"Each window is scored before it is learned. Means of {seeds} seeds; black: the reference.")
+    put_subtitle(axes, f"Each window is scored before it is learned. Means of {seeds} seeds; black: the reference.")
 
 
 def _lines(comparison: Comparison, spent: Callable[[StrategyRun], Sequence[float]]) -> list[_Line]:
@@ -201,7 +201,7 @@ def _bottom(group: Sequence[float], least: float) -> float:
 
 
 def _probe_panel(axes: Axes, name: str, comparison: Comparison, reference: Sequence[tuple[F64, F64]]) -> None:
-    _tidy(axes)
+    tidy(axes)
     spread = comparison.line(name).probe_spread
     axes.plot(*_mean_curve(reference), color="#9a9a9a", lw=2.4)
     for places, losses in _probe_curves(comparison, name):
@@ -231,8 +231,8 @@ def _mean_curve(curves: Sequence[tuple[F64, F64]]) -> tuple[F64, F64]:
 def _one_panel(title: str, y_label: str, x_label: str) -> tuple[Figure, Axes]:
     figure = _canvas(10.0, 5.4)
     axes = figure.subplots()
-    _tidy(axes)
-    _title(axes, title)
+    tidy(axes)
+    put_title(axes, title)
     axes.set_ylabel(y_label)
     axes.set_xlabel(x_label)
     return figure, axes
