@@ -36,9 +36,11 @@ from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.predictor import export_predictor, load_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history
-from pipeline.training.batch_size import FixedBatch
-from pipeline.training.budget import Clock, Deadline, reserve_seconds
+from pipeline.training.batch_size import batch_policy
+from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
+from pipeline.training.plan_notes import plan_notes
+from pipeline.training.step_time import StepTimeFit
 
 log = logging.getLogger(__name__)
 
@@ -279,9 +281,11 @@ def _learn(
     """What was done, and the rows as they were learned: new ids may have rows of their own now."""
     encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, num_counted=rows.num_logged)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
-    policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
-    learned = learn(state.learner, rows.encoded, seed=rows.seed, policy=policy, deadline=deadline, progress=progress)
-    return rows, learned
+    learner, fit = state.learner, StepTimeFit(prior=earlier_step_time(read_history(config.model_dir)))
+    refuse_too_small(config, deadline, fit.prior)
+    policy = batch_policy(training, fit=fit, noise_scale=lambda: learner.noise_scale.last)
+    learned = learn(learner, rows.encoded, seed=rows.seed, policy=policy, deadline=deadline, progress=progress)
+    return rows, replace(learned, step_time=fit.line if fit.measured else None)
 
 
 def _checkpoint(
@@ -384,9 +388,14 @@ def _report(
             *saved.notes,
             *saved.learner.sparse_step.notes(),
             *rows.notes,
+            *plan_notes(config.training, learned, saved.learner, rows.encoded.num_rows),
             *_notes(window, logged, measured, rows.encoded.num_rows),
         ),
         ids=rows.ids,
+        rows_thinned=logged.thinned_rows,
+        fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
+        row_seconds=learned.step_time.row_seconds if learned.step_time else None,
+        noise_scale=saved.learner.noise_scale.last,
     )
 
 
