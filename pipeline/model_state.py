@@ -64,6 +64,9 @@ log = logging.getLogger(__name__)
 GATE = "head.gate_F"
 """Name of the dense weight that only a DeepFM has which got new embeddings after it was trained."""
 
+NOISE_SCALE = "noise_scale"
+"""Name of what was measured of the gradient noise scale."""
+
 GROUP = "optimizer_group."
 """Prefix of what the dense optimizer keeps once a group of parameters."""
 
@@ -341,7 +344,7 @@ def _widened(
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
         dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).deep_keys)), learner, manifest)
-    widened = {name: tensor for name, tensor in dense.items() if name.startswith(("random.torch", GROUP, "row_"))}
+    widened = {name: tensor for name, tensor in dense.items() if name.startswith(("random.torch", GROUP, "row_", NOISE_SCALE))}
     for kind in ("weight", *_averages(learner)):
         widened |= _widened_kind(f"{kind}.", "", dense, before, after)
     for key in {key.rpartition(".")[2] for key in dense if key.startswith("optimizer.")}:
@@ -393,6 +396,8 @@ def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:
         tensors |= {f"{kind}.{name}": total for name, total in average.sums.items()}
     for kind, of_rows in learner.sparse_step.averages().items():
         tensors |= {f"{kind}.{name}": tensor for name, tensor in of_rows.tensors().items()}
+    if learner.noise_scale.measurements:
+        tensors[NOISE_SCALE] = torch.tensor(learner.noise_scale.state(), dtype=torch.float64)
     return tensors | {"random.torch": torch.get_rng_state()}
 
 
@@ -415,6 +420,8 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
     if manifest.loss_scale and learner.precision == "fp16":
         learner.scaler.load_state_dict(dict(manifest.loss_scale))
     learner.steps = manifest.steps
+    if NOISE_SCALE in tensors:
+        learner.noise_scale.load(tensors[NOISE_SCALE].tolist())
     torch.set_rng_state(tensors["random.torch"])
 
 

@@ -37,12 +37,14 @@ from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.predictor import export_predictor, load_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history
-from pipeline.training.batch_size import FixedBatch
-from pipeline.training.budget import Clock, Deadline, reserve_seconds
+from pipeline.training.batch_size import batch_policy
+from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
+from pipeline.training.plan_notes import plan_notes
 from pipeline.training.probes import Probed
 from pipeline.training.replay import after_window, with_replay
 from pipeline.training.sampling import SampledWindow, sample_window
+from pipeline.training.step_time import StepTimeFit
 from sampling.plan import SamplingPlan
 
 log = logging.getLogger(__name__)
@@ -288,11 +290,13 @@ def _learn(
     """What was done, and all rows as they are now, those left out too: new ids may have rows of their own."""
     encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, num_counted=rows.num_logged)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
-    policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
+    learner, fit = state.learner, StepTimeFit(prior=earlier_step_time(read_history(config.model_dir)))
+    refuse_too_small(config, deadline, fit.prior)
+    policy = batch_policy(training, fit=fit, noise_scale=lambda: learner.noise_scale.last)
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
     sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     learned = learn(
-        state.learner,
+        learner,
         sampled.window,
         seed=rows.seed,
         policy=policy,
@@ -305,7 +309,7 @@ def _learn(
     num_past = sampled.window.num_rows - rows.encoded.num_rows
     past = (f"{num_past:,} past rows were learned again",) if num_past else ()
     rows = replace(rows, notes=(*rows.notes, *past), learned=sampled)
-    return rows, learned, sampled.plan
+    return rows, replace(learned, step_time=fit.line if fit.measured else None), sampled.plan
 
 
 def _checkpoint(
@@ -418,11 +422,16 @@ def _report(
             *saved.notes,
             *saved.learner.sparse_step.notes(),
             *rows.notes,
+            *plan_notes(config.training, learned, saved.learner, rows.encoded.num_rows),
             *_notes(window, logged, measured, rows.encoded.num_rows),
             *(plan.notes() if plan else ()),
         ),
         ids=rows.ids,
         sampling=plan,
+        rows_thinned=logged.thinned_rows,
+        fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
+        row_seconds=learned.step_time.row_seconds if learned.step_time else None,
+        noise_scale=saved.learner.noise_scale.last,
     )
 
 

@@ -31,11 +31,12 @@ from pipeline.config import UpdateConfig, overridden
 from pipeline.evaluation.metrics import LEAST_PROBABILITY, Metrics, measure
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import restore_or_create
-from pipeline.training.batch_size import BatchPolicy, FixedBatch
+from pipeline.training.batch_size import BatchPolicy, batch_policy
 from pipeline.training.budget import Clock, Deadline
 from pipeline.training.learn import Learned, learn
 from pipeline.training.learner import Learner
 from pipeline.training.sampling import sample_window
+from pipeline.training.step_time import StepTimeFit
 
 Bools = npt.NDArray[np.bool_]
 
@@ -139,6 +140,7 @@ class _Entrant:
         self._probe_window = probe
         self._probe_rows: I64 = np.random.default_rng(0).permutation(probe.num_rows)[:PROBE_ROWS]
         self._clock = _LearningClock(self.learner.device)
+        self._fit = StepTimeFit()
         self._rows, self._seconds = 0, 0.0
         self.windows: list[WindowRun] = []
         self.probe: list[ProbePoint] = []
@@ -199,7 +201,7 @@ class _Entrant:
             learner,
             sampled.window,
             seed=seed,
-            policy=_policy(self._config),
+            policy=self._policy(),
             deadline=Deadline(started=started, budget_seconds=self._config.budget.seconds, reserve_seconds=0.0, clock=clock),
             progress=along,
             stratum_R=sampled.stratum_R,
@@ -209,6 +211,11 @@ class _Entrant:
         self._rows += learned.rows
         self._seconds += seconds
         return learned, seconds, learner.steps - steps_before
+
+    def _policy(self) -> BatchPolicy:
+        """A new one for each window, that knows how long steps took in the window before."""
+        self._fit = StepTimeFit(prior=self._fit.line if self._fit.measured else None)
+        return batch_policy(self._config.training, fit=self._fit, noise_scale=lambda: self.learner.noise_scale.last)
 
     def _probe(self, number: int, *, passed: float, rows: int, seconds: float) -> None:
         labels_P = self._probe_window.predicted.labels_R[self._probe_rows]
@@ -265,8 +272,3 @@ def _capped(kept_R: Bools | None, num_rows: int, max_rows: int, seed: tuple[int,
     capped_R = np.zeros(num_rows, bool)
     capped_R[np.random.default_rng([*seed, 2]).permutation(rows)[:max_rows]] = True
     return capped_R
-
-
-def _policy(config: UpdateConfig) -> BatchPolicy:
-    training = config.training
-    return FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)

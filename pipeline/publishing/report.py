@@ -229,6 +229,8 @@ def _rows(report: UpdateReport) -> str:
         "learned": report.rows_learned,
         "pending for the next update": report.rows_pending,
     }
+    if report.rows_thinned:
+        counts["left out for want of time"] = report.rows_thinned
     if report.skipped_steps:
         counts["steps skipped, their loss was not finite"] = report.skipped_steps
     lines = [_line("rows", "count"), _line("---", "---:"), *(_line(name, f"{n:,}") for name, n in counts.items())]
@@ -280,10 +282,10 @@ def _budget(report: UpdateReport) -> str:
 def _plan(plan: tuple[PlanRecord, ...]) -> str:
     if not plan:
         return ""
-    lines = [_line("from row", "batch", "learning rate", "why"), _line("---:", "---:", "---:", "---")]
+    lines = [_line("from row", "batch", "rows kept", "learning rate", "why"), _line("---:", "---:", "---:", "---:", "---")]
     for record in plan[:_SHOWN_DECISIONS]:
         rate = f"{record.learning_rate:.3g}"
-        lines.append(_line(f"{record.position:,}", f"{record.batch_size:,}", rate, record.reason))
+        lines.append(_line(f"{record.position:,}", f"{record.batch_size:,}", f"{record.keep_rate:.1%}", rate, record.reason))
     hidden = len(plan) - _SHOWN_DECISIONS
     more = f"\n\n… and {hidden:,} more in the checkpoint's manifest." if hidden > 0 else ""
     return "## Plan\n\n" + "\n".join(lines) + more

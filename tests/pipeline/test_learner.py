@@ -20,8 +20,9 @@ from pipeline.config import ModelConfig, TrainingConfig
 from pipeline.data.encode import EncodedWindow, encode, num_dense_columns
 from pipeline.data.normalise import RunningMoments
 from pipeline.model_state import architecture
-from pipeline.training.batch_size import FixedBatch, RecordedPlan
+from pipeline.training.batch_size import FixedBatch, RecordedPlan, batch_policy
 from pipeline.training.budget import Deadline
+from pipeline.training.compilation import Compiled
 from pipeline.training.learn import Learned, learn
 from pipeline.training.learner import Arithmetic, Learner, StepResult
 from sampling.minibatches import BatchCursor
@@ -246,6 +247,98 @@ def test_a_pass_replays_to_the_same_bits(small_spec: DatasetSpec, small_examples
     replayed = _learner(small_spec)
     learn(replayed, window, seed=[1], policy=RecordedPlan(records=learned.plan, stopped_at=learned.rows))
     assert _greatest_difference(stopped, replayed) == 0
+
+
+@pytest.mark.parametrize("policy_name", ["deadline", "goodput"])
+@pytest.mark.parametrize("sparse_step_rows", [0, 256])
+def test_a_plan_that_changes_and_leaves_rows_out_replays_to_the_same_bits(
+    small_spec: DatasetSpec, small_examples: MakeExamples, policy_name: str, sparse_step_rows: int
+) -> None:
+    """Budget for about half of the rows on a clock that each look advances; rates follow the batch."""
+    window = _window(small_spec, small_examples(20_000))
+    settings = {
+        "batch_policy": policy_name,
+        "micro_batch_size": 64,
+        "min_batch_size": 64,
+        "max_batch_size": 512,
+        "reference_batch_size": 64,
+        "learning_rate_scaling": "noise_scale",
+        "sparse_learning_rate_scaling": "sqrt",
+        "learning_rate_decay": "cosine",
+        "rewarm_steps": 3,
+        "sparse_step_rows": sparse_step_rows,
+    }
+    stopped, times = _learner(small_spec, **settings), iter(np.arange(0, 100_000.0))
+    policy = batch_policy(stopped.config, noise_scale=lambda: stopped.noise_scale.last)
+    deadline = Deadline(started=0, budget_seconds=70, reserve_seconds=10, clock=lambda: float(next(times)))
+    strata_R = (window.labels_R > 0).astype(np.int32)
+    learned = learn(stopped, window, seed=[1], policy=policy, deadline=deadline, stratum_R=strata_R)
+    unreached = int(learned.unreached_R.sum())
+    assert learned.rows + learned.thinned_rows + unreached == 20_000
+    assert learned.thinned_rows > 1000
+    assert len({record.batch_size for record in learned.plan}) > 1
+    replayed = _learner(small_spec, **settings)
+    again = RecordedPlan(records=learned.plan, stopped_at=20_000 - unreached)
+    repeated = learn(replayed, window, seed=[1], policy=again, stratum_R=strata_R)
+    assert _greatest_difference(stopped, replayed) == 0
+    assert repeated.plan == learned.plan
+    np.testing.assert_array_equal(repeated.thinned_R, learned.thinned_R)
+
+
+def test_a_batch_that_changes_in_mid_pass_keeps_all_optimizer_state(
+    small_spec: DatasetSpec, small_examples: MakeExamples
+) -> None:
+    """As torch's own Adam, fed the same gradients: the moments and the step count go on."""
+    window = _window(small_spec, small_examples(640))
+    learner = _learner(small_spec, dense_optimizer="adam")
+    reference = torch.nn.Parameter(learner.parameters["bias"].detach().clone())
+    adam, cursor = torch.optim.Adam([reference], lr=0.01), BatchCursor.of(640, seed=[1])
+    for batch_size in (64, 64, 256, 256):
+        rows = cursor.order_R[cursor.position : cursor.position + batch_size]
+        cursor.position += batch_size
+        _step(learner, window, rows, divisor=batch_size)
+        reference.grad = learner.parameters["bias"].grad.clone()  # type: ignore[union-attr]
+        adam.step()
+        assert learner.parameters["bias"].item() == pytest.approx(reference.item(), abs=1e-7)
+
+
+def test_measuring_the_noise_scale_changes_no_bit(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    window = _window(small_spec, small_examples(2000))
+    plain = _learner(small_spec, micro_batch_size=32)
+    measured = _learner(small_spec, micro_batch_size=32, learning_rate_scaling="noise_scale")
+    _pass(plain, window)
+    _pass(measured, window)
+    assert measured.noise_scale.measurements > 0
+    assert _greatest_difference(plain, measured) == 0
+
+
+def test_static_shapes_compile_once_whatever_the_batch(
+    small_spec: DatasetSpec, small_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a backend that needs no C++ compiler; the counter is that of the learner."""
+    monkeypatch.setattr("pipeline.training.learner.compiled", lambda net, asked: Compiled(net, lambda graph, _: graph.forward))
+    window = _window(small_spec, small_examples(3000))
+    learner = _learner(
+        small_spec,
+        batch_policy="linear_ramp",
+        batch_size=64,
+        max_batch_size=320,
+        micro_batch_size=64,
+        compile_dense_network=True,
+    )
+    learned = learn(learner, window, seed=[1], policy=batch_policy(learner.config))
+    assert len({record.batch_size for record in learned.plan}) > 3
+    assert learner.net.compilations == 1
+    assert learned.rows == 3000
+
+
+def test_without_a_compiler_the_network_runs_as_it_is_and_says_so(
+    small_spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    learner = _learner(small_spec, batch_size=512, compile_dense_network=True)
+    assert not learner.net.compiles
+    assert "no C++ compiler" in learner.net.note
 
 
 def test_what_was_not_reached_is_learned_by_the_next_pass_once(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
