@@ -27,12 +27,33 @@ def _fixed(batch_size: int, *more: str) -> tuple[str, ...]:
     return (f"training.batch_size={batch_size}", *more)
 
 
+def _scaled(batch_size: int, rule: str, *more: str) -> tuple[str, ...]:
+    """From the reference batch on."""
+    reference = f"training.reference_batch_size={REFERENCE_BATCH}"
+    return _fixed(batch_size, reference, f"training.learning_rate_scaling={rule}", *more)
+
+
+def _planned(policy: str) -> tuple[str, ...]:
+    """The batch is chosen while it runs; the dense rate follows it as far as the noise scale says."""
+    reference = (f"training.batch_size={REFERENCE_BATCH}", f"training.reference_batch_size={REFERENCE_BATCH}")
+    return (*reference, f"training.batch_policy={policy}", "training.learning_rate_scaling=noise_scale")
+
+
 STRATEGIES = (
     Strategy(name="fixed 1", overrides=_fixed(1, "window.max_rows=100")),
     Strategy(name="fixed 512", overrides=_fixed(REFERENCE_BATCH)),
     Strategy(name="fixed 4096", overrides=_fixed(4096)),
+    Strategy(name="4096 linear", overrides=_scaled(4096, "linear")),
+    Strategy(name="4096 sqrt", overrides=_scaled(4096, "sqrt")),
+    Strategy(name="4096 linear, warm-up", overrides=_scaled(4096, "linear", "training.warmup_steps=20")),
+    Strategy(
+        name="4096 warm-up, LARS",
+        overrides=_fixed(4096, "training.dense_optimizer=lars", "training.dense_learning_rate=0.1", "training.warmup_steps=20"),
+    ),
     Strategy(name="4096 CowClip", overrides=_fixed(4096, "training.cowclip=true")),
     Strategy(name="32768 CowClip", overrides=_fixed(32768, "training.cowclip=true")),
+    Strategy(name="deadline", overrides=_planned("deadline")),
+    Strategy(name="goodput", overrides=_planned("goodput")),
 )
 """In the order in which tables and plots show them. A batch of 1 is too slow for all rows: it has a sample of each hour's."""
 
