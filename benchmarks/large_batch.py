@@ -64,13 +64,15 @@ def main() -> None:
 
 
 @contextmanager
-def synthetic_stream(hours: int) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[RecordedWindow]]]:
+def synthetic_stream(
+    hours: int, rows_per_hour: int = SyntheticConfig().rows_per_hour
+) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[RecordedWindow]]]:
     """The generated stream as its click log gives it, and the settings of an update."""
     with tempfile.TemporaryDirectory() as folder:
         places = [f"landing={folder}/landing", f"state_dir={folder}/state"]
         fixed = ["budget.min_reserve_seconds=0", "training.precision=fp32", "tracking.enabled=false"]
         config = load_config(None, ["dataset=synthetic", *places, *fixed])
-        spec, generated = load_spec("synthetic"), SyntheticConfig(hours=hours)
+        spec, generated = load_spec("synthetic"), SyntheticConfig(hours=hours, rows_per_hour=rows_per_hour)
         write_landing(generated, Path(config.landing))
         log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
         end = generated.hour_start(hours - 1) + timedelta(days=1)

@@ -1,0 +1,108 @@
+"""What is choosing the batch while learning worth, against the best fixed batch that could be known in hindsight?
+
+In:  a recorded stream, and CPU seconds for each window.
+Out: one table: AUC before learning of fixed batches and of `deadline` and `goodput`, and their paired difference from the best
+     fixed one, which is picked after all runs by its own mean AUC.
+
+All have the same seconds a window. What a fixed batch does not come to in them is left out; the others plan what to leave out.
+`--seconds` of 1000 is time enough for everything; little is overload.
+
+    python benchmarks/dynamic.py synthetic --seconds 1000
+    python benchmarks/dynamic.py synthetic --hours 8 --rows-per-hour 40000 --seconds 0.2
+    python benchmarks/dynamic.py brunch --hours 36 --seconds 1000
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from large_batch import synthetic_stream
+from rich.console import Console
+
+from data_schemas.dataset import DatasetSpec, load_spec
+from pipeline.comparison.side_by_side import jobs_of, run_jobs
+from pipeline.comparison.strategies import Strategy
+from pipeline.comparison.stream import RecordedWindow, recorded_stream
+from pipeline.comparison.summary import compare
+from pipeline.config import UpdateConfig, load_config
+from pipeline.data.ingest import ingest_landing
+from pipeline.data.lake import ClickLog, Quarantine
+from pipeline.publishing.comparison_report import as_terminal_table
+
+BRUNCH = Path(__file__).parents[1] / "../shared/data/brunch/impressions"
+TOLERANCE = 0.001
+"""AUC below the best fixed batch."""
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("dataset", choices=("synthetic", "brunch"))
+    cli.add_argument("--seconds", type=float, required=True, help="CPU seconds of learning for each window")
+    cli.add_argument("--hours", type=int, default=24)
+    cli.add_argument("--rows-per-hour", type=int, default=8_334, help="of the synthetic stream")
+    cli.add_argument("--seeds", type=int, default=5)
+    cli.add_argument("--workers", type=int, default=2)
+    cli.add_argument("--fixed", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    options = cli.parse_args()
+    opened = (
+        synthetic_stream(options.hours, options.rows_per_hour) if options.dataset == "synthetic" else _brunch(options.hours)
+    )
+    with opened as (config, spec, stream):
+        _compare(config, spec, stream, options)
+
+
+def _compare(config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedWindow], options: argparse.Namespace) -> None:
+    seconds, own = f"budget.seconds={options.seconds}", config.training.batch_size
+    largest = f"training.max_batch_size={max(options.fixed)}"
+    planned = (seconds, largest, f"training.reference_batch_size={own}", "training.learning_rate_scaling=noise_scale")
+    fixed = [Strategy(name=f"fixed {b}", overrides=(seconds, *_fixed(b, own))) for b in options.fixed]
+    chosen = [Strategy(name=how, overrides=(*planned, f"training.batch_policy={how}")) for how in ("deadline", "goodput")]
+    jobs = jobs_of(config, [*fixed, *chosen], options.seeds)
+    runs = []
+    for run in run_jobs(jobs, spec, stream, workers=options.workers):
+        runs.append(run)
+        print(f"{len(runs)} of {len(jobs)}: {run.strategy}, seed {run.seed}", flush=True)
+    names = [strategy.name for strategy in (*fixed, *chosen)]
+    first = compare(runs, strategies=names, reference=names[0], warmup_hours=min(24, options.hours // 6))
+    best = max((line for line in first.lines if line.strategy.startswith("fixed") and line.auc), key=lambda one: one.auc.mean)  # type: ignore[union-attr]
+    result = compare(runs, strategies=names, reference=best.strategy, warmup_hours=min(24, options.hours // 6))
+    Console(width=200).print(as_terminal_table(result))
+    for how in ("deadline", "goodput"):
+        difference = result.line(how).auc_difference
+        assert difference is not None
+        lost = difference.estimate
+        verdict = "within" if lost.mean >= -TOLERANCE else "NOT within"
+        print(
+            f"{how}: AUC {lost.mean:+.4f} [{lost.low:+.4f}, {lost.high:+.4f}] from {best.strategy}, the best fixed batch in "
+            f"hindsight: {verdict} {TOLERANCE}"
+        )
+
+
+def _fixed(batch: int, reference: int) -> tuple[str, ...]:
+    """Rates follow the batch as they do for the planned ones."""
+    rates = ("training.learning_rate_scaling=noise_scale", f"training.reference_batch_size={reference}")
+    return (f"training.batch_size={batch}", *rates)
+
+
+@contextmanager
+def _brunch(hours: int) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[RecordedWindow]]]:
+    if not BRUNCH.is_dir():
+        raise SystemExit(f"there is no folder {BRUNCH}")
+    with tempfile.TemporaryDirectory() as folder:
+        landing = Path(folder) / "landing"
+        landing.mkdir()
+        for file in sorted(BRUNCH.glob("*.parquet"))[:hours]:
+            (landing / file.name).symlink_to(file.resolve())
+        fixed = ["budget.min_reserve_seconds=0", "training.precision=fp32", "tracking.enabled=false"]
+        config = load_config(None, ["dataset=brunch", f"landing={landing}", f"state_dir={folder}/state", *fixed])
+        spec = load_spec("brunch")
+        log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
+        ingest_landing(str(landing), log, quarantine, spec, now=datetime.now(UTC))
+        yield config, spec, recorded_stream(config, spec, hours=hours)
+
+
+if __name__ == "__main__":
+    main()
