@@ -1,6 +1,6 @@
 """Can a model learn from clicks alone what it would learn from impressions? And do the drawn negatives give themselves away?
 
-In:  the brunch reads (clicks only, as logged) and the brunch impressions of the same hours, from a folder beside the repository.
+In:  the brunch reads (clicks only, as logged) and impressions of the same hours, from a folder beside the repository.
 Out: one table of mean hourly AUC and log loss on the impressions, one of what single bits tell of the labels.
 
 Hourly test-then-train. Every system is judged on the same rows, the impressions of an hour, before it learns that hour. One
@@ -154,7 +154,7 @@ def _run(name: str, seed: int, hours: Sequence[_Pair], warmup: int) -> _Score:
             before = concatenate(past[-24:]) if past and sampling.negatives_trailing_hours else None
             negatives = _draw(hour, spec, sampling, seed, system, stream, before)
             encoded = stream.encoded(negatives.examples, hour.start)
-            learned = _window(hour.start, negatives.examples, replace(encoded, logit_shifts_R=negatives.logit_shifts_R))
+            learned = _window(hour.start, negatives.examples, replace(encoded, logit_shifts_R=negatives.shift_R))
             drawn = learned
         if hour.start >= hours[0].start + warmup:
             judged.append((hour.impressions.labels_R, system.predict(test)))

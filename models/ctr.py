@@ -93,6 +93,7 @@ def build_model(
     sparse_optimizer: SparseOptimizer,
     sparse_learning_rate: float,
     wide_learning_rate: float,
+    wide_beta: float = 0.0,
     device: torch.device,
     seed: int,
 ) -> CtrModel:
@@ -103,6 +104,7 @@ def build_model(
         sparse_optimizer=sparse_optimizer,
         sparse_learning_rate=sparse_learning_rate,
         wide_learning_rate=wide_learning_rate,
+        wide_beta=wide_beta,
         device=device,
     )
     return CtrModel(tables, DenseNet(architecture, layout, num_dense).to(device), layout)

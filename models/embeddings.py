@@ -28,6 +28,8 @@ SparseOptimizer = Literal["adagrad", "rowwise_adagrad"]
 
 WIDE_DIM = 4
 """The fused kernels want a multiple of 4; the first column is the wide weight, the others stay zero."""
+SMALLEST_BETA = 1e-8
+"""So that a weight without a gradient divides by no zero."""
 INITIAL_BOUND = 0.01 * 3**0.5
 """Embeddings start uniform with a standard deviation of .01."""
 
@@ -57,7 +59,10 @@ class EmbeddingTables(nn.Module):
     """Fused tables for embeddings, and for wide weights.
 
     The deep tables have Adagrad by row (one accumulator a row) or by coordinate; the wide ones always by coordinate
-    (Duchi et al. 2011), which is what makes one pass over a small stream learn as well as a linear learner does.
+    (Duchi et al. 2011), which is what makes one pass over a small stream learn as well as a linear learner does. Its rate is
+    that of FTRL-proximal (McMahan et al. 2013, section 2.1): `wide_learning_rate / (wide_beta + sqrt(sum of g^2))`. With a
+    beta of zero the first step of a weight has the size of the rate whatever its gradient is, so that the one row without
+    a click that an id has moves its weight as far down as a click would move it up.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class EmbeddingTables(nn.Module):
         sparse_optimizer: SparseOptimizer,
         sparse_learning_rate: float,
         wide_learning_rate: float,
+        wide_beta: float = 0.0,
         device: torch.device,
     ) -> None:
         super().__init__()
@@ -83,7 +89,7 @@ class EmbeddingTables(nn.Module):
         self.wide = FusedEmbeddingBagCollection(
             [_config(table, "wide", WIDE_DIM, 0.0) for table in layout.wide],
             optimizer_type=torch.optim.Adagrad,
-            optimizer_kwargs={"lr": wide_learning_rate},
+            optimizer_kwargs={"lr": wide_learning_rate, "eps": max(wide_beta, SMALLEST_BETA)},
             is_weighted=True,
             device=device,
         )

@@ -8,6 +8,7 @@ Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
 import os
 import tomllib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,9 +24,15 @@ from pydantic_settings import (
 
 from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError
+from sampling.plan import Rules
+from sampling.strata import Allocation, StratifyBy
+from sampling.thinning import Correction, Method
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
+BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
+RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
+RateDecay = Literal["constant", "step", "cosine"]
 
 
 class _Part(BaseModel):
@@ -67,6 +74,28 @@ class TrainingConfig(_Part):
     """Rows of a step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 512
     """Rows that go through the dense network at once, in each process; bounds memory, keeps shapes static."""
+    batch_policy: BatchPolicyName = "fixed"
+    """What chooses the size of each batch. `fixed`: `batch_size` all along. `linear_ramp`: it grows from `batch_size` to
+    `max_batch_size` over the pass. `deadline`: the smallest that still learns every row in time; rows are left out only where
+    `max_batch_size` is not enough. `goodput`: the same, but where time is short, the size that gains most a second,
+    on fewer rows."""
+    min_batch_size: Annotated[int, Field(ge=1)] = 128
+    """Smallest batch of `deadline` and `goodput`."""
+    max_batch_size: Annotated[int, Field(ge=1)] = 8192
+    """Largest batch of `linear_ramp`, `deadline` and `goodput`."""
+    reference_batch_size: Annotated[int, Field(ge=0)] = 0
+    """The batch that the learning rates were chosen for; 0 for `batch_size`."""
+    learning_rate_scaling: RateScaling = "none"
+    """How the dense rate follows the batch, from the reference batch: not, in proportion, with its root, or as far as the
+    measured gradient noise scale says (McCandlish et al. 2018)."""
+    sparse_learning_rate_scaling: RateScaling = "none"
+    """The same for the embeddings and the wide part. Scaling it was measured to lose accuracy."""
+    learning_rate_decay: RateDecay = "constant"
+    """Of the dense rate over a window: not at all, halved after each quarter, or along a cosine to a tenth."""
+    rewarm_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the dense rate rises to its value after a batch that is half as large again, or larger."""
+    compile_dense_network: bool = False
+    """Run the dense network through `torch.compile`; without a C++ compiler it runs as it is, and the report says so."""
     sparse_step_rows: Annotated[int, Field(ge=0)] = 2048
     """Embeddings step once in at least this many rows, with the gradients of all batches in them; 0 for once a batch."""
     precision: Precision = "auto"
@@ -80,8 +109,12 @@ class TrainingConfig(_Part):
     """Of the embeddings; the wide part always has per-coordinate Adagrad."""
     sparse_learning_rate: Annotated[float, Field(gt=0)] = 0.05
     """Of the embeddings."""
-    wide_learning_rate: Annotated[float, Field(gt=0)] = 0.05
+    wide_learning_rate: Annotated[float, Field(gt=0)] = 0.1
     """Of the wide part: one weight an id and a cross."""
+    wide_beta: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient that a wide weight is taken to have seen before its first: its step is
+    `wide_learning_rate * g / (wide_beta + sqrt(sum of g^2))`, with `g` the derivative of one row's log loss. Holds an id of few
+    rows back; 0 for none."""
     accumulator_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the embeddings' and the wide part's sums of squared gradients at the start of each window, so that a model of
     many months still learns; 0.5 ** (1 / 24) halves them in 24 windows, 1 keeps them."""
@@ -116,10 +149,77 @@ class TrainingConfig(_Part):
             )
         return self
 
+    @property
+    def reference(self) -> int:
+        """The reference batch in force."""
+        return self.reference_batch_size or self.batch_size
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the gradient noise scale is needed."""
+        scaled = "noise_scale" in (self.learning_rate_scaling, self.sparse_learning_rate_scaling)
+        return scaled or self.batch_policy in ("deadline", "goodput")
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> Self:
+        if self.batch_policy in ("deadline", "goodput") and self.min_batch_size > self.max_batch_size:
+            raise ValueError(
+                f"min_batch_size = {self.min_batch_size} is above max_batch_size = {self.max_batch_size}; "
+                f"use a max_batch_size of at least {self.min_batch_size}"
+            )
+        if self.batch_policy == "linear_ramp":
+            if self.batch_size > self.max_batch_size:
+                raise ValueError(
+                    f"batch_policy = 'linear_ramp' cannot grow from batch_size = {self.batch_size} to max_batch_size = "
+                    f"{self.max_batch_size}; use a max_batch_size of at least {self.batch_size}"
+                )
+            if self.learning_rate_decay != "constant":
+                raise ValueError(
+                    "batch_policy = 'linear_ramp' grows the batch instead of decaying the rate, and learning_rate_decay = "
+                    f"{self.learning_rate_decay!r} decays it as well; use learning_rate_decay 'constant'"
+                )
+            if self.learning_rate_scaling != "none":
+                raise ValueError(
+                    "batch_policy = 'linear_ramp' grows the batch at the same rate, and learning_rate_scaling = "
+                    f"{self.learning_rate_scaling!r} undoes that; use learning_rate_scaling 'none'"
+                )
+        smallest = {"fixed": self.batch_size, "linear_ramp": self.batch_size}.get(self.batch_policy, self.min_batch_size)
+        if self.compile_dense_network and smallest % self.micro_batch_size:
+            name = "batch_size" if self.batch_policy in ("fixed", "linear_ramp") else "min_batch_size"
+            least = -(-smallest // self.micro_batch_size) * self.micro_batch_size
+            raise ValueError(
+                f"compile_dense_network needs batches of whole micro-batches, and {name} = {smallest} is none of "
+                f"micro_batch_size = {self.micro_batch_size}; use {name} = {least}, or a smaller micro_batch_size"
+            )
+        return self
+
 
 class SamplingConfig(_Part):
-    """Which rows a step sees, and with what probability."""
+    """Which rows a step sees, in what order, and with what probability."""
 
+    strata: tuple[StratifyBy, ...] = ()
+    """What rows are grouped by; the item's popularity and the user's activity are counted in the window, and the item's age
+    needs `ages` in the declaration."""
+    stratified_batches: bool = False
+    """Each batch mirrors the strata."""
+    negative_keep_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rows without a click that is learned; all clicks are."""
+    allocation: Allocation = "proportional"
+    """How what is kept of the rows without a click is spread over strata: the same rate in each, rows in proportion to the root
+    of the stratum's count, the same number of rows, or `given_keep_rates`."""
+    given_keep_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    """With `allocation` "given": the keep rate of each stratum by its name in the report, such as `"label=0" = 0.1`; a stratum
+    that is not named is kept whole."""
+    draw: Method = "poisson"
+    """Each row by itself, or a fixed number of each stratum."""
+    replacement: bool = False
+    """The same row may be drawn several times; with `draw` "fixed"."""
+    correction: Correction = "weights"
+    """What makes up for rows left out: a kept row weighs one over its probability, or the logits are shifted in training."""
+    max_rows_per_user: Annotated[int, Field(ge=0)] = 0
+    """Rows of one user learned from a window at most, drawn at random; nothing makes up for the others. 0 for no cap."""
+    max_rows_per_item: Annotated[int, Field(ge=0)] = 0
+    """The same for one item."""
     negatives: Literal["none", "uniform", "popularity", "in_batch", "hard"] = "none"
     """How a log of clicks only gets rows that were not clicked, from the items that are live in the same hour: all alike, as
     their clicks to the `popularity_power`, as the items of other clicks of a batch, or the model's own top of
@@ -140,6 +240,34 @@ class SamplingConfig(_Part):
     """With `hard`: the share of a click's negatives that is the model's own top, rounded; at least one is left to chance."""
     hard_candidates: Annotated[int, Field(ge=2, le=1000)] = 16
     """With `hard`: items drawn for each click by the law of exposure, which the model then scores."""
+    replay_share: Annotated[float, Field(ge=0, le=0.9)] = 0.0
+    """Share of past rows among those learned, in number and in weight, as far as they are held; against forgetting. 0 for none:
+    then no past row is kept."""
+    replay_capacity: Annotated[int, Field(ge=2, le=10_000_000)] = 100_000
+    """Past rows kept with the model at most: half of them clicks, half not, of each a uniform sample of all that were ever
+    learned. Another capacity starts the sample anew."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.strata)) != len(self.strata):
+            raise ValueError(f"strata names something twice: {list(self.strata)}; name each once")
+        if (self.allocation == "given") != bool(self.given_keep_rates):
+            raise ValueError("allocation 'given' and given_keep_rates go together; set both or neither")
+        if self.allocation == "given" and self.negative_keep_rate < 1:
+            raise ValueError("negative_keep_rate has no effect with allocation 'given'; leave it at 1.0")
+        if self.replacement and self.draw == "poisson":
+            raise ValueError("replacement needs draw 'fixed': 'poisson' draws a row once at most")
+        return self
+
+    @model_validator(mode="after")
+    def _past_rows_carry_weights_alone(self) -> Self:
+        shifts = self.correction == "logit_shift" or self.negative_correction == "logq"
+        if self.replay_share and shifts:
+            raise ValueError(
+                f"replay_share = {self.replay_share} keeps weights of past rows and no shifts of their logits; set correction "
+                "and negative_correction to 'weights', or replay_share to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _hard_can_be_drawn(self) -> Self:
@@ -153,6 +281,10 @@ class SamplingConfig(_Part):
         if self.negative_correction == "logq":
             raise ValueError("negatives = 'hard' has no law for negative_correction = 'logq'; use 'weights' or 'none'")
         return self
+
+    def rules(self) -> Rules:
+        """As `sampling.plan` takes them."""
+        return Rules(**self.model_dump(include={field.name for field in fields(Rules)}))
 
 
 class BudgetConfig(_Part):
@@ -216,6 +348,16 @@ class UpdateConfig(BaseSettings):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="after")
+    def _reference_fits(self) -> Self:
+        reference, rows = self.training.reference_batch_size, self.window.max_rows
+        if reference > rows:
+            raise ValueError(
+                f"training.reference_batch_size = {reference} is larger than any window: window.max_rows = {rows}; "
+                f"use a window.max_rows of at least {reference}"
+            )
+        return self
+
     @property
     def log_path(self) -> Path:
         """The click log: a Delta table."""
@@ -263,6 +405,29 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ) from error
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:
+    """The same settings, but for `overrides` such as `training.batch_size=1024`.
+
+    >>> overridden(load_config(), ["budget.seconds=60"]).budget.seconds
+    60.0
+
+    Raises:
+        ConfigError: an unknown setting, a value out of range, or settings that contradict each other.
+    """
+    try:
+        return UpdateConfig(**_merged(config.model_dump(), _nest(overrides)))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        merged[name] = _merged(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _refuse_unknown_variables() -> None:

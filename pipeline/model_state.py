@@ -31,12 +31,13 @@ from models.widening import (
     widen,
 )
 from pipeline.config import ModelConfig, UpdateConfig
-from pipeline.data.encode import EncodedWindow, dense_columns, look_up_again, num_dense_columns
+from pipeline.data.encode import EncodedWindow, dense_columns, look_up_again, num_dense_columns, num_normalised
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
 from pipeline.publishing.checkpoint import (
     Manifest,
     Moments,
+    Sampled,
     current_version,
     load_cursor,
     load_dense,
@@ -54,12 +55,17 @@ from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
 from pipeline.training.processes import Processes, shard_tables
+from pipeline.training.replay import ReplayMemory
 from pipeline.training.smoothing import MovingAverage
+from sampling.plan import SamplingPlan, as_table
 
 log = logging.getLogger(__name__)
 
 GATE = "head.gate_F"
 """Name of the dense weight that only a DeepFM has which got new embeddings after it was trained."""
+
+NOISE_SCALE = "noise_scale"
+"""Name of what was measured of the gradient noise scale."""
 
 GROUP = "optimizer_group."
 """Prefix of what the dense optimizer keeps once a group of parameters."""
@@ -76,6 +82,8 @@ class ModelState:
     """Counters and histories of every row consumed."""
     ids: IdTables
     """Ids that have a row of their own, where a feature asks for admission."""
+    replay: ReplayMemory
+    """Past rows that are learned again, where the settings ask for it."""
     cursor: Cursor
     version: int
     """Of the checkpoint that it was restored from; 0 for a new model."""
@@ -118,6 +126,7 @@ def save(
     spec: DatasetSpec,
     *,
     seed: tuple[int, ...],
+    sampling: SamplingPlan | None = None,
 ) -> ModelState:
     """Publishes the state after a window as the next version; the state as saved."""
     learner = state.learner
@@ -142,6 +151,7 @@ def save(
         window_seed=seed,
         permutation_position=window.num_rows - int(learned.unreached_R.sum()),
         plan=tuple(vars(record) for record in learned.plan),
+        sampling=Sampled(settings=config.sampling.model_dump(mode="json"), plan=as_table(sampling)) if sampling else None,
         pending=pending,
         moments=Moments.of(state.moments),
     )
@@ -150,7 +160,7 @@ def save(
         manifest,
         dense=_dense_tensors(learner),
         tables=learner.model.tables,
-        memory=state.memory.arrays() | state.ids.arrays(),
+        memory=state.memory.arrays() | state.ids.arrays() | state.replay.arrays(),
         pending=bitmaps,
         keep=config.keep_checkpoints,
         processes=learner.processes,
@@ -256,6 +266,7 @@ def _model(
         sparse_optimizer=config.training.sparse_optimizer,
         sparse_learning_rate=config.training.sparse_learning_rate,
         wide_learning_rate=config.training.wide_learning_rate,
+        wide_beta=config.training.wide_beta,
         device=device,
         seed=config.training.seed,
     )
@@ -276,7 +287,15 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         device=device,
     )
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
-    return ModelState(learner=learner, moments=None, memory=Memory(spec), ids=IdTables(spec), cursor=Cursor(), version=0)
+    return ModelState(
+        learner=learner,
+        moments=None,
+        memory=Memory(spec),
+        ids=IdTables(spec),
+        replay=ReplayMemory.empty(config.sampling),
+        cursor=Cursor(),
+        version=0,
+    )
 
 
 def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
@@ -303,6 +322,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         moments=moments,
         memory=memory,
         ids=ids,
+        replay=ReplayMemory.load(kept, config.sampling, spec, num_normalised(spec)),
         cursor=cursor,
         version=manifest.version,
         notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),
@@ -324,7 +344,7 @@ def _widened(
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
         dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).deep_keys)), learner, manifest)
-    widened = {name: tensor for name, tensor in dense.items() if name.startswith(("random.torch", GROUP, "row_"))}
+    widened = {name: tensor for name, tensor in dense.items() if name.startswith(("random.torch", GROUP, "row_", NOISE_SCALE))}
     for kind in ("weight", *_averages(learner)):
         widened |= _widened_kind(f"{kind}.", "", dense, before, after)
     for key in {key.rpartition(".")[2] for key in dense if key.startswith("optimizer.")}:
@@ -376,6 +396,8 @@ def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:
         tensors |= {f"{kind}.{name}": total for name, total in average.sums.items()}
     for kind, of_rows in learner.sparse_step.averages().items():
         tensors |= {f"{kind}.{name}": tensor for name, tensor in of_rows.tensors().items()}
+    if learner.noise_scale.measurements:
+        tensors[NOISE_SCALE] = torch.tensor(learner.noise_scale.state(), dtype=torch.float64)
     return tensors | {"random.torch": torch.get_rng_state()}
 
 
@@ -398,6 +420,8 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
     if manifest.loss_scale and learner.precision == "fp16":
         learner.scaler.load_state_dict(dict(manifest.loss_scale))
     learner.steps = manifest.steps
+    if NOISE_SCALE in tensors:
+        learner.noise_scale.load(tensors[NOISE_SCALE].tolist())
     torch.set_rng_state(tensors["random.torch"])
 
 

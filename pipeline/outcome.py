@@ -9,6 +9,7 @@ from models.id_table import IdFigures
 from pipeline.evaluation.diagnosis import Diagnosis
 from pipeline.evaluation.metrics import Metrics
 from pipeline.evaluation.stability import Stability
+from sampling.plan import SamplingPlan
 
 Outcome = Literal["published", "empty"]
 
@@ -24,8 +25,14 @@ class PlanRecord:
     batch_size: int
     """Rows."""
     learning_rate: float
-    """Of the dense optimizer."""
+    """Of the dense optimizer, before the warm-up of a new model."""
     reason: str
+    keep_rate: float = 1.0
+    """Share of the rows from here on that are learned; the others are left out on purpose."""
+    sparse_rate_factor: float = 1.0
+    """On the rates of the embeddings and of the wide part."""
+    rows: int = 0
+    """To be learned from here on, as planned; 0 where nothing was planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +89,19 @@ class UpdateReport:
     """Everything that was dropped, capped or skipped, in words."""
     ids: Mapping[str, IdFigures] = field(default_factory=dict)
     """By feature with `ids = "admitted"`."""
+    sampling: SamplingPlan | None = None
+    """What was to be learned of each stratum; None where the settings name no strata and leave no row out."""
     stability: Stability | None = None
     """How steady learning was."""
     diagnosis: Diagnosis | None = None
     """What is wrong with it, if anything."""
+    rows_thinned: int = 0
+    """Rows left out in mid-pass because time did not suffice for all; they do not come again."""
+    fixed_seconds: float | None = None
+    """Of a training step, undisturbed, as fitted in the pass: `fixed_seconds + row_seconds * rows`; None if not measured."""
+    row_seconds: float | None = None
+    noise_scale: float | None = None
+    """Of the dense gradients, in rows; None if not measured."""
 
     @property
     def total_seconds(self) -> float:

@@ -37,10 +37,15 @@ from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.predictor import export_predictor, load_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history
-from pipeline.training.batch_size import FixedBatch
-from pipeline.training.budget import Clock, Deadline, reserve_seconds
+from pipeline.training.batch_size import batch_policy
+from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
+from pipeline.training.plan_notes import plan_notes
 from pipeline.training.probes import Probed
+from pipeline.training.replay import after_window, with_replay
+from pipeline.training.sampling import SampledWindow, sample_window
+from pipeline.training.step_time import StepTimeFit
+from sampling.plan import SamplingPlan
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +93,10 @@ def run_update(
         deadline = _deadline(config, stages, history)
         rows = stages.run("load", lambda: _load(click_log, window, state, spec, config))
         before, frozen = stages.run("evaluate before learning", lambda: _evaluate_all(state, rows, config, spec, deadline))
-        rows, learned = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
+        rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: _evaluate(state, rows, config, deadline))
-        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, config, spec))
-        report = _report(config, spec, window, saved, rows, learned, _Scores(before, after, frozen), stages.seconds)
+        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec))
+        report = _report(config, spec, window, saved, rows, learned, plan, _Scores(before, after, frozen), stages.seconds)
         report = _with_steadiness(report, window, learned, before, after, history)
         append_history(config.model_dir, report)
         note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
@@ -124,6 +129,8 @@ class _Rows:
     """What the window did to admitted ids, once it was counted."""
     notes: tuple[str, ...] = ()
     """What was drawn."""
+    learned: SampledWindow | None = None
+    """As the rows were learned."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ def _load(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetS
     new = np.flatnonzero(examples.hour_R >= window.start)
     return _Rows(
         examples=examples,
-        encoded=replace(encoded(examples), logit_shifts_R=drawn.logit_shifts_R),
+        encoded=replace(encoded(examples), logit_shifts_R=drawn.shift_R),
         num_logged=drawn.num_logged,
         judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),
@@ -279,33 +286,51 @@ def _learn(
     spec: DatasetSpec,
     deadline: Deadline,
     progress: Progress,
-) -> tuple[_Rows, Learned]:
-    """What was done, and the rows as they were learned: new ids may have rows of their own now."""
+) -> tuple[_Rows, Learned, SamplingPlan | None]:
+    """What was done, and all rows as they are now, those left out too: new ids may have rows of their own."""
     encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, num_counted=rows.num_logged)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
-    policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
+    learner, fit = state.learner, StepTimeFit(prior=earlier_step_time(read_history(config.model_dir)))
+    refuse_too_small(config, deadline, fit.prior)
+    policy = batch_policy(training, fit=fit, noise_scale=lambda: learner.noise_scale.last)
+    sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
+    sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     learned = learn(
-        state.learner,
-        rows.encoded,
+        learner,
+        sampled.window,
         seed=rows.seed,
         policy=policy,
         deadline=deadline,
         progress=progress,
+        stratum_R=sampled.stratum_R,
+        kept_R=sampled.kept_R,
         probe_rows=config.evaluation.probe_rows,
     )
-    return rows, learned
+    num_past = sampled.window.num_rows - rows.encoded.num_rows
+    past = (f"{num_past:,} past rows were learned again",) if num_past else ()
+    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled)
+    return rows, replace(learned, step_time=fit.line if fit.measured else None), sampled.plan
 
 
 def _checkpoint(
-    state: ModelState, rows: _Rows, window: Window, learned: Learned, config: UpdateConfig, spec: DatasetSpec
+    state: ModelState,
+    rows: _Rows,
+    window: Window,
+    learned: Learned,
+    plan: SamplingPlan | None,
+    config: UpdateConfig,
+    spec: DatasetSpec,
 ) -> ModelState:
     """The state as saved; from now on it serves, and its rows are consumed."""
-    reached, logged = np.flatnonzero(~learned.unreached_R), learned.first(rows.num_logged)
+    reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
+    if config.sampling.replay_share and rows.learned is not None:
+        replay = after_window(state.replay, rows.examples, rows.learned, state.memory, reached, seed=rows.seed)
+        state = replace(state, replay=replay)
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    saved = save(state, window, logged, config, spec, seed=rows.seed)
+    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan)
     folder = _frozen_folder(config)
     frozen_after = config.evaluation.frozen_after_updates
     if frozen_after and saved.version >= frozen_after and not folder.is_dir():
@@ -363,6 +388,7 @@ def _report(
     saved: ModelState,
     rows: _Rows,
     learned: Learned,
+    plan: SamplingPlan | None,
     scores: _Scores,
     seconds: dict[str, float],
 ) -> UpdateReport:
@@ -396,9 +422,16 @@ def _report(
             *saved.notes,
             *saved.learner.sparse_step.notes(),
             *rows.notes,
+            *plan_notes(config.training, learned, saved.learner, rows.encoded.num_rows),
             *_notes(window, logged, measured, rows.encoded.num_rows),
+            *(plan.notes() if plan else ()),
         ),
         ids=rows.ids,
+        sampling=plan,
+        rows_thinned=logged.thinned_rows,
+        fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
+        row_seconds=learned.step_time.row_seconds if learned.step_time else None,
+        noise_scale=saved.learner.noise_scale.last,
     )
 
 

@@ -179,7 +179,7 @@ def draw(stratum_R: I32, taken_S: I64, rng: np.random.Generator, replacement: bo
     grouped_R = np.argsort(stratum_R.astype(np.uint16) if len(taken) <= MAX_STRATA else stratum_R, kind="stable")
     ends = np.cumsum(counts)
     chosen = [
-        end - count + (rng.integers(count, size=size) if replacement else rng.choice(count, size, replace=False, shuffle=False))
+        end - count + _chosen(count, size, rng, replacement=replacement)
         for end, count, size in zip(ends.tolist(), counts.tolist(), taken.tolist(), strict=True)
         if size
     ]
@@ -272,6 +272,12 @@ def _rounded(wanted: F64, total: int) -> I64:
     missing = total - int(down.sum())
     down[np.argsort(down - wanted, kind="stable")[:missing]] += 1
     return down
+
+
+def _chosen(count: int, size: int, rng: np.random.Generator, *, replacement: bool) -> I64:
+    if replacement:
+        return rng.integers(count, size=size)
+    return np.arange(count) if size == count else rng.choice(count, size, replace=False, shuffle=False)
 
 
 def _as_given(counts: I64, total: int, given: Sequence[int] | I64 | None, *, replacement: bool) -> I64:

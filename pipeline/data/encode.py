@@ -139,23 +139,73 @@ def encode(
     if ids is None:
         assert all(feature.ids == "hashed" for feature in spec.categorical), "features with admitted ids need their tables"
         ids = IdTables(spec)
-    single = [feature for feature in spec.categorical if not feature.many]
-    many = [feature for feature in spec.categorical if feature.many]
     raw_dense_NR = np.concatenate([transform(spec.numeric, examples.numeric_NR), memory.columns(examples, hour)])
     if moments is None:
         moments = RunningMoments.nothing_seen(len(raw_dense_NR)).after(raw_dense_NR)
+    return encode_known(
+        examples, spec, ids, moments, raw_dense_NR=raw_dense_NR, histories=memory.histories(examples), hour=hour
+    )
+
+
+def encode_known(
+    examples: Examples,
+    spec: DatasetSpec,
+    ids: IdTables,
+    moments: RunningMoments,
+    *,
+    raw_dense_NR: F32,
+    histories: Histories | None,
+    hour: int,
+) -> EncodedWindow:
+    """The same, where numbers, what is remembered and histories are known already: those of the rows' own time."""
+    single = [feature for feature in spec.categorical if not feature.many]
+    many = [feature for feature in spec.categorical if feature.many]
     return EncodedWindow(
         layout=table_layout(spec),
         single_keys=(*(feature.name for feature in single), *(cross_key(cross) for cross in spec.crosses)),
         single_RK=_single_rows(single, spec, examples, ids),
         bags={f.name: _mean_bags(ids.rows(f, lists.values_V), lists) for f in many for lists in [examples.list_ids[f.name]]},
-        histories=_user_bags(memory.histories(examples), spec, ids, hour),
+        histories=_user_bags(histories, spec, ids, hour),
         raw_dense_NR=raw_dense_NR,
         dense_RN=normalise(raw_dense_NR, moments, num_flags=len(spec.numeric)),
         moments=moments,
         labels_R=examples.labels_R,
         weights_R=examples.weights_R,
         user_R=examples.user_R,
+    )
+
+
+def joined(first: EncodedWindow, second: EncodedWindow) -> EncodedWindow:
+    """The rows of both, one after the other; numbers stay as each normalised them."""
+    pair = (first, second)
+    histories = None
+    if first.histories is not None and second.histories is not None:
+        num_users = len(next(iter(first.histories.pools.values())).offsets) - 1
+        histories = UserBags(
+            user_R=np.concatenate([first.histories.user_R, second.histories.user_R + num_users]),
+            pools={key: _join_bags(bags, second.histories.pools[key]) for key, bags in first.histories.pools.items()},
+            ids={key: np.concatenate([ids, second.histories.ids[key]]) for key, ids in first.histories.ids.items()},
+        )
+    shifts = [np.zeros(each.num_rows, np.float32) if each.logit_shifts_R is None else each.logit_shifts_R for each in pair]
+    return replace(
+        first,
+        single_RK=np.concatenate([each.single_RK for each in pair]),
+        bags={key: _join_bags(bags, second.bags[key]) for key, bags in first.bags.items()},
+        histories=histories,
+        raw_dense_NR=np.concatenate([each.raw_dense_NR for each in pair], axis=1),
+        dense_RN=np.concatenate([each.dense_RN for each in pair]),
+        labels_R=np.concatenate([each.labels_R for each in pair]),
+        weights_R=np.concatenate([each.weights_R for each in pair]),
+        user_R=np.concatenate([each.user_R for each in pair]),
+        logit_shifts_R=None if first.logit_shifts_R is None and second.logit_shifts_R is None else np.concatenate(shifts),
+    )
+
+
+def _join_bags(first: Bags, second: Bags) -> Bags:
+    return Bags(
+        rows_V=np.concatenate([first.rows_V, second.rows_V]),
+        weights_V=np.concatenate([first.weights_V, second.weights_V]),
+        offsets=np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]]),
     )
 
 

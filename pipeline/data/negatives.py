@@ -30,7 +30,7 @@ class Negatives:
     """L."""
     judged_weights_R: F32 | None = None
     """Weights that stand for the law of exposure, where the examples' own do not: with `logq`. None: they do."""
-    logit_shifts_R: F32 | None = None
+    shift_R: F32 | None = None
     """Added to the logits while learning; None: nothing."""
     notes: tuple[str, ...] = field(default=())
     """What was drawn, and for what nothing could be."""
@@ -162,7 +162,7 @@ def _corrected(
                 examples=concatenate([clicks, rows]),
                 num_logged=num_logged,
                 judged_weights_R=np.concatenate([clicks.weights_R, rows.weights_R * ratio_D]),
-                logit_shifts_R=np.log(np.concatenate([click_ratio_L, ratio_D])),
+                shift_R=np.log(np.concatenate([click_ratio_L, ratio_D])),
                 notes=notes,
             )
 

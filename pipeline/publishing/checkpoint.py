@@ -89,6 +89,15 @@ class Moments(_Saved):
         return RunningMoments(**dict(zip(("count_N", "mean_N", "deviations_N"), columns, strict=True)))
 
 
+class Sampled(_Saved):
+    """How the window's rows were sampled: these settings and the window's seed give the same rows again."""
+
+    settings: Mapping[str, Any]
+    """The settings `[sampling]`."""
+    plan: Mapping[str, list[Any]]
+    """Column names and rows of the plan's table."""
+
+
 class Manifest(_Saved):
     """What a checkpoint is."""
 
@@ -117,6 +126,8 @@ class Manifest(_Saved):
     """Rows of the seeded permutation that were handed out."""
     plan: tuple[dict[str, Any], ...]
     """`PlanRecord`s."""
+    sampling: Sampled | None = None
+    """None where every row was learned, in no order but the seed's."""
     pending: tuple[PendingRows, ...]
     moments: Moments | None
     parts: tuple[Part, ...] = ()

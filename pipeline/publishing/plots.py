@@ -38,7 +38,7 @@ def auc_by_hour(history: Sequence[Mapping[str, Any]]) -> bytes | None:
         return None
     times = [_middle(entry) for entry in hours]
     figure, axes = _figure(_auc_title(hours), "AUC", "hour of the clicks (UTC)")
-    _subtitle(axes, "Each hour is scored before it is learned. Shaded: 95 % interval.")
+    put_subtitle(axes, "Each hour is scored before it is learned. Shaded: 95 % interval.")
     _band(axes, hours, times)
     lines = {"kept fresh": ([_value(entry, "before", "auc") for entry in hours], BLUE, "-")}
     frozen = [_value(entry, "frozen", "auc") for entry in hours]
@@ -48,7 +48,7 @@ def auc_by_hour(history: Sequence[Mapping[str, Any]]) -> bytes | None:
         axes.plot(times, _gaps(values), style, color=colour, lw=2, marker="o", ms=3.5 if len(hours) <= 48 else 0)  # type: ignore[arg-type]
     _name_line_ends(axes, times[-1], {name: (values, colour) for name, (values, colour, _) in lines.items()})
     _time_axis(axes)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curve(points: Sequence[LossPoint]) -> bytes | None:
@@ -60,11 +60,11 @@ def loss_curve(points: Sequence[LossPoint]) -> bytes | None:
     counts = np.diff(rows, prepend=0.0)
     mean = np.cumsum(losses * counts) / np.maximum(np.cumsum(counts), 1.0)
     figure, axes = _figure("Log loss of the window's rows, each before it was learned", "log loss (nats)", "rows learned")
-    _subtitle(axes, "Thin: mean of a few steps. Thick: mean over the window so far.")
+    put_subtitle(axes, "Thin: mean of a few steps. Thick: mean over the window so far.")
     axes.plot(rows, losses, color=BLUE, lw=1, alpha=0.45)
     axes.plot(rows, mean, color=BLUE, lw=2.8)
-    _count_axis(axes)
-    return _png(figure)
+    count_axis(axes)
+    return png(figure)
 
 
 def calibration(bins: Sequence[CalibrationBin]) -> bytes | None:
@@ -75,7 +75,7 @@ def calibration(bins: Sequence[CalibrationBin]) -> bytes | None:
     clicked = np.array([part.click_rate for part in bins])
     low, high = _wilson(clicked, np.array([part.rows for part in bins], dtype=np.float64))
     figure, axes = _figure("Predicted and actual click rate in groups of equal size", "click rate", "predicted probability")
-    _subtitle(axes, "Bars: 95 % intervals of the click rate.")
+    put_subtitle(axes, "Bars: 95 % intervals of the click rate.")
     limit = 1.08 * float(max(predicted.max(), high.max()))
     axes.plot([0, limit], [0, limit], color=_GREY, lw=1.2, ls=":")
     axes.annotate("as predicted", (0.93 * limit, 0.93 * limit), xytext=(-8, 0), textcoords="offset points", **_grey("right"))
@@ -85,7 +85,7 @@ def calibration(bins: Sequence[CalibrationBin]) -> bytes | None:
     axes.set(xlim=(0, limit), ylim=(0, limit))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    return _png(figure)
+    return png(figure)
 
 
 def batch_and_rate(plan: Sequence[PlanRecord], rows: int) -> bytes | None:
@@ -103,22 +103,24 @@ def batch_and_rate(plan: Sequence[PlanRecord], rows: int) -> bytes | None:
     sizes = [record.batch_size for record in plan]
     changes = sum(before != after for before, after in pairwise(sizes))
     times = {0: "stayed the same", 1: "changed once"}.get(changes, f"changed {changes:,} times")
-    _title(panels[0], f"The batch size {times} over the window")
-    _subtitle(panels[0], f"{len(plan):,} {'decision' if len(plan) == 1 else 'decisions'}; the rate is the dense optimizer's.")
+    put_title(panels[0], f"The batch size {times} over the window")
+    put_subtitle(
+        panels[0], f"{len(plan):,} {'decision' if len(plan) == 1 else 'decisions'}; the rate is the dense optimizer's."
+    )
     series: tuple[tuple[Axes, str, list[float], str], ...] = (
         (panels[0], "batch size (rows)", [float(record.batch_size) for record in plan], BLUE),
         (panels[1], "learning rate", [record.learning_rate for record in plan], GREEN),
     )
     for axes, label, values, colour in series:
-        _tidy(axes)
+        tidy(axes)
         axes.step([*starts, max(rows, starts[-1])], [*values, values[-1]], where="post", color=colour, lw=2.2)
         axes.set_ylabel(label)
         axes.set_ylim(0, 1.15 * max(values))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-    panels[0].yaxis.set_major_formatter(FuncFormatter(_short_count))
+    panels[0].yaxis.set_major_formatter(FuncFormatter(short_count))
     panels[1].set_xlabel("rows of the window")
-    _count_axis(panels[1])
-    return _png(figure)
+    count_axis(panels[1])
+    return png(figure)
 
 
 def update_plots(
@@ -138,8 +140,8 @@ def update_plots(
 def _figure(title: str, y_label: str, x_label: str) -> tuple[Figure, Axes]:
     figure = _canvas()
     axes = figure.subplots()
-    _tidy(axes)
-    _title(axes, title)
+    tidy(axes)
+    put_title(axes, title)
     axes.set_ylabel(y_label)
     axes.set_xlabel(x_label)
     return figure, axes
@@ -151,16 +153,19 @@ def _canvas() -> Figure:
     return figure
 
 
-def _title(axes: Axes, text: str) -> None:
+def put_title(axes: Axes, text: str) -> None:
+    """What a plot says, above it on the left."""
     axes.set_title(text, loc="left", fontsize=13.5, fontweight="bold", pad=26)
 
 
-def _subtitle(axes: Axes, text: str) -> None:
+def put_subtitle(axes: Axes, text: str) -> None:
+    """A grey line below the title."""
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
     axes.annotate(text, (0, 1), xytext=(0, 9), **place, **_grey("left"))
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Two spines, a light grid, legible ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GREY)
     axes.grid(axis="y", color="#e3e3e3", lw=0.8)
@@ -220,13 +225,19 @@ def _time_axis(axes: Axes) -> None:
     )
 
 
-def _count_axis(axes: Axes) -> None:
-    axes.xaxis.set_major_formatter(FuncFormatter(_short_count))
+def count_axis(axes: Axes) -> None:
+    """The x axis counts rows from 0."""
+    axes.xaxis.set_major_formatter(FuncFormatter(short_count))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlim(left=0)
 
 
-def _short_count(value: float, _: object = None) -> str:
+def short_count(value: float, _: object = None) -> str:
+    """A tick label.
+
+    >>> short_count(120_000)
+    '120k'
+    """
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
@@ -261,7 +272,8 @@ def _middle(entry: Mapping[str, Any]) -> datetime:
     return start + max(end - start, timedelta()) / 2
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -20,7 +20,7 @@ from pipeline.publishing.plots import update_plots
 from pipeline.publishing.predictor import export_predictor
 from pipeline.publishing.registry import register_model
 from pipeline.publishing.report import as_markdown, read_history
-from pipeline.publishing.tracking import Tracker
+from pipeline.publishing.tracking import Tracker, tables_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def publish_update(
         return ()
     tracker = Tracker(config)
     images = update_plots(report, read_history(config.model_dir), bins)
-    run = tracker.log_update(report, texts={"report.md": as_markdown(report)}, images=images)
+    run = tracker.log_update(report, texts={"report.md": as_markdown(report), **tables_of(report)}, images=images)
     notes = tuple(tracker.notes)
     if run is None or not config.tracking.register_model:
         return notes

@@ -19,6 +19,7 @@ from rich.table import Table
 from models.id_table import IdFigures
 from pipeline.evaluation.metrics import Interval, Metrics
 from pipeline.outcome import PlanRecord, UpdateReport
+from sampling.plan import SamplingPlan
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ TABLE_HEADER = (
 
 _ABSENT = "-"
 _SHOWN_DECISIONS = 8
-_IN_MLFLOW = ("plan", "loss_curve")  # too long for a line of the history
+_SHOWN_STRATA = 20
+_IN_MLFLOW = ("plan", "loss_curve", "sampling")  # too long for a line of the history
 
 
 def verdict(report: UpdateReport) -> str:
@@ -69,6 +71,7 @@ def as_markdown(report: UpdateReport, plots: Mapping[str, str] | None = None) ->
         *(f"![{title}]({address})" for title, address in (plots or {}).items()),
         _stability(report),
         _rows(report),
+        _sampling(report.sampling),
         _ids(report.ids),
         _budget(report),
         _plan(report.plan),
@@ -106,7 +109,7 @@ def as_table(reports: Iterable[UpdateReport], title: str = "") -> Table:
 def append_history(model_dir: Path, report: UpdateReport) -> None:
     """Adds the report as one line; it is on disk when this returns.
 
-    The plan and the loss curve are left out: the checkpoint's manifest and MLflow have them.
+    The plans and the loss curve are left out: the checkpoint's manifest and MLflow have them.
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     path = model_dir / "history.jsonl"
@@ -226,10 +229,30 @@ def _rows(report: UpdateReport) -> str:
         "learned": report.rows_learned,
         "pending for the next update": report.rows_pending,
     }
+    if report.rows_thinned:
+        counts["left out for want of time"] = report.rows_thinned
     if report.skipped_steps:
         counts["steps skipped, their loss was not finite"] = report.skipped_steps
     lines = [_line("rows", "count"), _line("---", "---:"), *(_line(name, f"{n:,}") for name, n in counts.items())]
     return "## Rows\n\n" + "\n".join(lines)
+
+
+def _sampling(plan: SamplingPlan | None) -> str:
+    if plan is None:
+        return ""
+    columns = ("stratum", "rows", "over a cap", "probability", "to learn", "effective rows")
+    lines = [_line(*columns), _line("---", *("---:" for _ in columns[1:]))]
+    largest = sorted(plan.strata, key=lambda stratum: -stratum.rows)[:_SHOWN_STRATA]
+    for s in [stratum for stratum in plan.strata if stratum in largest]:
+        cells = (f"{s.rows:,}", f"{s.capped:,}", f"{s.keep_rate:.4g}", f"{s.kept:,}", f"{s.effective_rows:,.0f}")
+        lines.append(_line(s.name, *cells))
+    total = (f"{plan.rows:,}", f"{plan.capped:,}", "", f"{plan.kept:,}", f"{plan.effective_rows:,.0f}")
+    lines.append(_line("**all**", *total))
+    hidden = len(plan.strata) - len(largest)
+    more = f"\n\n… and {hidden:,} smaller strata in the checkpoint's manifest." if hidden > 0 else ""
+    made_up = "a weight of one over it" if plan.correction == "weights" else "a shift of the logits in training"
+    meaning = f"*Probability*: of a row to be learned, made up for by {made_up}. Seed {list(plan.seed)}."
+    return "## Sampling\n\n" + "\n".join(lines) + f"{more}\n\n{meaning}"
 
 
 def _ids(ids: Mapping[str, IdFigures]) -> str:
@@ -259,10 +282,10 @@ def _budget(report: UpdateReport) -> str:
 def _plan(plan: tuple[PlanRecord, ...]) -> str:
     if not plan:
         return ""
-    lines = [_line("from row", "batch", "learning rate", "why"), _line("---:", "---:", "---:", "---")]
+    lines = [_line("from row", "batch", "rows kept", "learning rate", "why"), _line("---:", "---:", "---:", "---:", "---")]
     for record in plan[:_SHOWN_DECISIONS]:
         rate = f"{record.learning_rate:.3g}"
-        lines.append(_line(f"{record.position:,}", f"{record.batch_size:,}", rate, record.reason))
+        lines.append(_line(f"{record.position:,}", f"{record.batch_size:,}", f"{record.keep_rate:.1%}", rate, record.reason))
     hidden = len(plan) - _SHOWN_DECISIONS
     more = f"\n\n… and {hidden:,} more in the checkpoint's manifest." if hidden > 0 else ""
     return "## Plan\n\n" + "\n".join(lines) + more

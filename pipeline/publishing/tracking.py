@@ -31,6 +31,7 @@ from pipeline.evaluation.diagnosis import Verdict
 from pipeline.evaluation.metrics import Metrics
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import verdict
+from sampling.plan import as_table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 SHOWN_METRICS = ("auc", "gauc", "log_loss", "normalised_entropy", "copc", "ece")
 UPDATE_TAG = "tidemark.update_id"
 TIMELINE_TAG = "tidemark.timeline"
+SAMPLING_TABLE = "sampling_plan.json"
+"""The strata of a window: rows, probability, rows to learn."""
 PROBE_SECONDS = 3.0
 """A tracking server that does not answer for this long is taken to be down."""
 
@@ -119,7 +122,7 @@ class Tracker:
 
     def log_metric(self, key: str, value: float, step: int) -> None:
         """Adds a point to the run that the next `log_update` writes; nothing is sent before."""
-        self._extra.append(MetricPoint(key=key, value=value, step=step, timestamp_ms=_now_ms()))
+        self._extra.append(MetricPoint(key=key, value=value, step=step, timestamp_ms=now_ms()))
 
     def log_update(
         self, report: UpdateReport, *, texts: Mapping[str, str] | None = None, images: Mapping[str, bytes] | None = None
@@ -199,11 +202,16 @@ def update_id(report: UpdateReport) -> str:
     )
 
 
+def tables_of(report: UpdateReport) -> dict[str, str]:
+    """File name to content of what MLflow shows as tables: the plan of a sampled window."""
+    return {SAMPLING_TABLE: json.dumps(as_table(report.sampling))} if report.sampling else {}
+
+
 def record_of(
     report: UpdateReport, config: UpdateConfig, *, texts: Mapping[str, str], images: Mapping[str, bytes]
 ) -> RunRecord:
     """The run of a report; pure."""
-    now = _now_ms()
+    now = now_ms()
     return RunRecord(
         update_id=update_id(report),
         name=f"{report.window_start.astimezone(UTC):%Y-%m-%dT%H} {report.model_name}",
@@ -282,13 +290,15 @@ def find_run(client: "MlflowClient", experiment: str, tag: str, value: str) -> A
 
 
 def _params(report: UpdateReport, config: UpdateConfig) -> dict[str, str]:
-    parts = config.model_dump(mode="json", include={"window", "model", "training", "budget", "evaluation"})
+    parts = config.model_dump(mode="json", include={"window", "model", "training", "sampling", "budget", "evaluation"})
     flat = {f"{part}.{name}": str(value) for part, values in parts.items() for name, value in values.items()}
     return flat | {"precision": report.precision, "batch_size": str(report.batch_size)}
 
 
 def _tags(report: UpdateReport) -> dict[str, str]:
-    return {
+    shown = json.dumps([{"path": name, "type": "table"} for name in tables_of(report)])
+    tables = {"mlflow.loggedArtifacts": shown} if report.sampling else {}
+    return tables | {
         "dataset": report.dataset,
         "model_name": report.model_name,
         "outcome": report.outcome,
@@ -318,6 +328,8 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     values |= stability_values(report)
     for feature, figures in report.ids.items():
         values |= {f"ids/{feature}/{name}": float(value) for name, value in asdict(figures).items()}
+    if report.sampling:
+        values |= {"rows/sampled": float(report.sampling.kept), "rows/effective": report.sampling.effective_rows}
     start = report.window_start.timestamp()
     return [
         MetricPoint(key=key, value=value, step=int(start // 3600), timestamp_ms=int(start * 1000))
@@ -363,12 +375,12 @@ def _write_once(client: "MlflowClient", experiment: str, record: RunRecord) -> s
     tags = record.tags | {UPDATE_TAG: record.update_id, "mlflow.parentRunId": timeline}
     run = client.create_run(experiment, run_name=record.name, tags=tags, start_time=record.start_ms)
     run_id = str(run.info.run_id)
-    _log_batches(client, run_id, [*record.hourly, *record.curves], record.params)
+    log_batches(client, run_id, [*record.hourly, *record.curves], record.params)
     for name, text in record.texts.items():
         client.log_text(run_id, text, name)
     for name, encoded in record.images.items():
-        _log_image(client, run_id, base64.b64decode(encoded), name)
-    _log_batches(client, timeline, record.hourly, {})
+        log_image(client, run_id, base64.b64decode(encoded), name)
+    log_batches(client, timeline, record.hourly, {})
     client.set_terminated(timeline, "FINISHED", record.end_ms)
     client.set_terminated(run_id, "FINISHED", record.end_ms)
     return run_id
@@ -383,11 +395,12 @@ def _timeline(client: "MlflowClient", experiment: str, record: RunRecord) -> str
         tags |= {name: record.tags[name] for name in ("dataset", "mlflow.source.name")}
         name = f"{record.timeline} timeline"
         found = client.create_run(experiment, run_name=name, tags=tags, start_time=record.start_ms)
-        _log_batches(client, found.info.run_id, [], record.params)
+        log_batches(client, found.info.run_id, [], record.params)
     return str(found.info.run_id)
 
 
-def _log_batches(client: "MlflowClient", run_id: str, points: list[MetricPoint], params: Mapping[str, str]) -> None:
+def log_batches(client: "MlflowClient", run_id: str, points: list[MetricPoint], params: Mapping[str, str]) -> None:
+    """Writes points and params to a run in as few requests as MLflow allows."""
     from mlflow.entities import Metric, Param
 
     metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points]
@@ -397,7 +410,8 @@ def _log_batches(client: "MlflowClient", run_id: str, points: list[MetricPoint],
         client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
 
 
-def _log_image(client: "MlflowClient", run_id: str, png: bytes, name: str) -> None:
+def log_image(client: "MlflowClient", run_id: str, png: bytes, name: str) -> None:
+    """Writes a PNG to a run under `name`, which may have folders."""
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
@@ -426,5 +440,6 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) and ":memory:" not in uri else None
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Milliseconds since 1970, UTC, by the wall clock."""
     return round(datetime.now(UTC).timestamp() * 1000)

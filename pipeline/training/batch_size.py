@@ -1,13 +1,32 @@
-"""How many rows the next step takes, and at which learning rate.
+"""How many rows the next step takes, which share of the coming rows it is taken from, and at which learning rate.
 
-Enters: how far the pass is. Leaves: a `Decision`; the sequence of changed decisions is the plan trace, which replays.
+Enters: how far the pass is, the seconds left, and what was measured. Leaves: a `Decision`; the sequence of changed decisions is
+the plan trace, which replays.
+
+With a step of b rows taking `f + d*b` seconds and a row of it worth `1 / (1 + b/N)` ideal ones (N the gradient noise scale,
+McCandlish et al. 2018), progress a second is greatest at `b* = sqrt(N*f/d)`; Qiao et al. 2021 (Pollux) call it goodput. Here it
+is planned anew inside a pass, against its deadline.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from pipeline.config import TrainingConfig
 from pipeline.outcome import PlanRecord
+from pipeline.training.learning_rate import JUMP, Rates
+from pipeline.training.step_time import StepTime, StepTimeFit
+
+FLOOR_SHARE = 9
+"""In a batch of N/9 a row gains less than 10 % from a smaller one."""
+PLANNED_SHARE = 0.97
+"""Of the seconds left, so that a small disturbance does not leave rows unreached."""
+PLANS = 200
+"""A pass is planned anew so many times, as rows go by."""
+WORTH_CHANGING = 0.1
+"""A batch that could be smaller by less than this share stays as it is."""
+LEAST_KEEP_RATE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +38,27 @@ class Decision:
     learning_rate: float
     """Of the dense optimizer, before warm-up."""
     reason: str
+    keep_rate: float = 1.0
+    """Share of the coming rows that is learned, in (0, 1]."""
+    sparse_rate_factor: float = 1.0
+    """On the rates of the embeddings and of the wide part."""
+    rows: int = 0
+    """To be learned from here on, as planned."""
 
 
 class BatchPolicy(Protocol):
     """Decides each step."""
 
-    def decide(self, *, step: int, position: int) -> Decision | None:
-        """For step `step` after `position` rows of the window; None ends the pass."""
+    def decide(self, *, step: int, position: int, remaining: int, seconds_left: float) -> Decision | None:
+        """For step `step` after `position` rows of the window; None ends the pass.
+
+        Args:
+            remaining: rows still to come, at least 1.
+            seconds_left: until the reserve line; infinite without a deadline. The same in all processes.
+        """
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """What some steps took; the same in all processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +68,12 @@ class FixedBatch:
     batch_size: int
     learning_rate: float
 
-    def decide(self, *, step: int, position: int) -> Decision | None:
+    def decide(self, *, step: int, position: int, remaining: int, seconds_left: float) -> Decision | None:
         """Always the same."""
         return Decision(batch_size=self.batch_size, learning_rate=self.learning_rate, reason="fixed")
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +84,277 @@ class RecordedPlan:
     stopped_at: int
     """Rows of the permutation that the recorded update had handed out when it ended: the manifest's `permutation_position`."""
 
-    def decide(self, *, step: int, position: int) -> Decision | None:
+    def decide(self, *, step: int, position: int, remaining: int, seconds_left: float) -> Decision | None:
         """What was decided then."""
         if position >= self.stopped_at:
             return None
-        record = [r for r in self.records if r.step <= step][-1]
-        return Decision(batch_size=record.batch_size, learning_rate=record.learning_rate, reason=record.reason)
+        then = vars([r for r in self.records if r.step <= step][-1])
+        return Decision(**{name: value for name, value in then.items() if name not in ("step", "position")})
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A batch size and the share of rows, without a rate."""
+
+    batch_size: int
+    keep_rate: float = 1.0
+    reason: str
+
+
+class Sizes(Protocol):
+    """Chooses the size of a batch; `Planned` adds the rates."""
+
+    def choose(self, *, position: int, remaining: int, seconds_left: float) -> Size:
+        """As `BatchPolicy.decide`."""
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """As `BatchPolicy.observe`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSize:
+    """The same all along."""
+
+    batch_size: int
+
+    def choose(self, *, position: int, remaining: int, seconds_left: float) -> Size:
+        """Always the same."""
+        return Size(batch_size=self.batch_size, reason="fixed")
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRamp:
+    """Grows over the pass at a constant rate, instead of a decay of the rate (Smith et al. 2018)."""
+
+    first: int
+    last: int
+    micro_batch: int
+
+    def choose(self, *, position: int, remaining: int, seconds_left: float) -> Size:
+        """By the share of rows that is done, in hundredths."""
+        progress = math.floor(100 * position / (position + remaining)) / 100
+        wanted = self.first + (self.last - self.first) * progress
+        size = min(max(whole(wanted, self.micro_batch), self.first), self.last)
+        return Size(batch_size=size, reason=f"grows from {self.first:,} to {self.last:,} over the pass")
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
+
+
+def whole(rows: float, micro_batch: int) -> int:
+    """The least size of at least `rows`: whole micro-batches, or one half, a quarter ... of one.
+
+    >>> whole(700, 512), whole(200, 512), whole(3, 500)
+    (1024, 256, 125)
+    """
+    if rows > micro_batch:
+        return math.ceil(rows / micro_batch) * micro_batch
+    size = micro_batch
+    while size % 2 == 0 and size // 2 >= rows:
+        size //= 2
+    return size
+
+
+def best_size(
+    how: Literal["deadline", "goodput"],
+    *,
+    remaining: int,
+    seconds_left: float,
+    step_time: StepTime,
+    noise_scale: float,
+    smallest: int,
+    largest: int,
+    micro_batch: int,
+) -> Size:
+    """The size and the share of rows that suit the time that is left.
+
+    `b_deadline = R*f / (T - R*d)` is the smallest batch that still sees all rows. Up to `b*` there is time enough: the smallest
+    that still gains is taken. Beyond it time is short: `goodput` takes `b*` and leaves rows out, `deadline` takes `b_deadline`
+    and leaves rows out only where the largest batch is not enough.
+
+    Args:
+        remaining: R, at least 1.
+        seconds_left: T; infinite without a deadline.
+        noise_scale: N, above 0.
+        smallest: batch.
+        largest: batch.
+        micro_batch: sizes are whole ones, or halves, quarters ... of one.
+    """
+    f, d = step_time.fixed_seconds, step_time.row_seconds
+
+    def allowed(rows: float) -> int:
+        return min(max(whole(min(rows, largest), micro_batch), smallest), largest)
+
+    spare = seconds_left - remaining * d
+    needed = remaining * f / spare if spare > 0 else math.inf
+    best = max(math.sqrt(noise_scale * f / d), smallest)
+    if needed <= min(best, largest):
+        size = allowed(max(needed, noise_scale / FLOOR_SHARE, smallest))
+        return Size(batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains")
+    if how == "goodput":
+        size = allowed(best)
+        why = f"short of time; {size:,} gains most a second"
+    else:
+        size = allowed(needed)
+        why = f"short of time; {size:,} " + ("sees all rows" if needed <= largest else "is the largest batch")
+    affordable = max(seconds_left, 0.0) * size / (f + d * size)
+    keep_rate = min(max(affordable / remaining, LEAST_KEEP_RATE), 1.0)
+    if keep_rate < 1:
+        why += f", and {affordable:,.0f} of {remaining:,} rows are learned"
+    return Size(batch_size=size, keep_rate=keep_rate, reason=why)
+
+
+@dataclass(kw_only=True)
+class PlannedSize:
+    """`deadline` and `goodput`: plans anew from what was measured, every 200th of the pass."""
+
+    how: Literal["deadline", "goodput"]
+    smallest: int
+    largest: int
+    reference: int
+    micro_batch: int
+    fit: StepTimeFit
+    noise_scale: Callable[[], float | None]
+    """As measured so far."""
+    _current: Size | None = None
+    _planned_at: int = 0
+    _chunks: int = 0
+    _planned_chunk: int = -1
+
+    def choose(self, *, position: int, remaining: int, seconds_left: float) -> Size:
+        """The plan in force, renewed where measurements came in and rows went by."""
+        if self._current is not None and self._planned_chunk == self._chunks:
+            return self._current
+        due = self._current is None or position - self._planned_at >= (position + remaining) / PLANS
+        if not self.fit.known:
+            self._current = self._probe()
+        elif due or self._current is None or self._current.reason == _PROBE:
+            self._current = self._settled(self._plan(remaining, seconds_left))
+        else:
+            return self._current
+        self._planned_at, self._planned_chunk = position, self._chunks
+        return self._current
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """For the next plan. The first steps warm caches up, and do not count."""
+        self._chunks += 1
+        if self._chunks > 1:
+            self.fit.add(steps=steps, rows=rows, seconds=seconds)
+
+    def _probe(self) -> Size:
+        """Two sizes in turn, until the cost of a step and that of a row can be told apart."""
+        base = min(max(whole(self.reference, self.micro_batch), self.smallest), self.largest)
+        other = 2 * base if 2 * base <= self.largest else max(whole(base / 2, self.micro_batch), 1)
+        return Size(batch_size=base if self._chunks % 2 == 0 else other, reason=_PROBE)
+
+    def _plan(self, remaining: int, seconds_left: float) -> Size:
+        step_time = self.fit.line.slower(self.fit.pace)
+        measured = self.noise_scale()
+        return best_size(
+            self.how,
+            remaining=remaining,
+            seconds_left=PLANNED_SHARE * (seconds_left - step_time.seconds(self.smallest)),
+            step_time=step_time,
+            noise_scale=FLOOR_SHARE * self.reference if measured is None else measured,
+            smallest=self.smallest,
+            largest=self.largest,
+            micro_batch=self.micro_batch,
+        )
+
+    def _settled(self, wanted: Size) -> Size:
+        """What is in force, where the new plan is hardly another."""
+        now = self._current
+        if now is None or now.reason == _PROBE:
+            return wanted
+        near = now.batch_size * (1 - WORTH_CHANGING) <= wanted.batch_size <= now.batch_size
+        same = near and abs(wanted.keep_rate / now.keep_rate - 1) < 0.01 and (wanted.keep_rate == 1) == (now.keep_rate == 1)
+        return now if same else wanted
+
+
+_PROBE = "measuring what a step and what a row costs"
+
+
+@dataclass(kw_only=True)
+class Planned:
+    """A choice of sizes, with the rates that follow it."""
+
+    sizes: Sizes
+    rates: Rates
+    noise_scale: Callable[[], float | None] = lambda: None
+    rewarm_steps: int = 0
+    _last: Decision | None = None
+    _size: Size | None = None
+    _settled_noise: float | None = None
+    _risen_from: float = 0.0
+    _jumped_at: int = 0
+    _rows_planned: int = 0
+
+    def decide(self, *, step: int, position: int, remaining: int, seconds_left: float) -> Decision | None:
+        """Size first, then the rates."""
+        size = self.sizes.choose(position=position, remaining=remaining, seconds_left=seconds_left)
+        if size is not self._size:
+            self._settled_noise = self.noise_scale()
+            self._rows_planned = round(size.keep_rate * remaining)
+        progress = position / (position + remaining)
+        rate = self.rates.dense(size.batch_size, self._settled_noise, progress)
+        if self._last is not None and size.batch_size >= JUMP * self._last.batch_size:
+            self._risen_from, self._jumped_at = self._last.learning_rate, step
+        self._size = size
+        self._last = Decision(
+            batch_size=size.batch_size,
+            learning_rate=self._rewarmed(rate, step),
+            reason=size.reason,
+            keep_rate=size.keep_rate,
+            sparse_rate_factor=self.rates.sparse_factor(size.batch_size, self._settled_noise),
+            rows=self._rows_planned,
+        )
+        return self._last
+
+    def observe(self, *, steps: int, rows: int, seconds: float) -> None:
+        """For the sizes to come."""
+        self.sizes.observe(steps=steps, rows=rows, seconds=seconds)
+
+    def _rewarmed(self, rate: float, step: int) -> float:
+        """From the rate before the jump to the new one, step by step; never above the new one."""
+        since = step - self._jumped_at
+        if not self.rewarm_steps or not self._risen_from or since >= self.rewarm_steps or rate <= self._risen_from:
+            return rate
+        return self._risen_from + (rate - self._risen_from) * (since + 1) / self.rewarm_steps
+
+
+def batch_policy(
+    training: TrainingConfig,
+    *,
+    fit: StepTimeFit | None = None,
+    noise_scale: Callable[[], float | None] = lambda: None,
+) -> BatchPolicy:
+    """The policy that the settings ask for.
+
+    Args:
+        training: settings.
+        fit: of the step time, with what an earlier update measured.
+        noise_scale: asked whenever a plan is made.
+    """
+    micro, sizes = training.micro_batch_size, FixedSize(batch_size=training.batch_size)
+    match training.batch_policy:
+        case "fixed":
+            chosen: Sizes = sizes
+        case "linear_ramp":
+            chosen = LinearRamp(first=training.batch_size, last=training.max_batch_size, micro_batch=micro)
+        case "deadline" | "goodput" as how:
+            chosen = PlannedSize(
+                how=how,
+                smallest=min(whole(training.min_batch_size, micro), training.max_batch_size),
+                largest=training.max_batch_size,
+                reference=training.reference,
+                micro_batch=micro,
+                fit=fit or StepTimeFit(),
+                noise_scale=noise_scale,
+            )
+    return Planned(sizes=chosen, rates=Rates.of(training), noise_scale=noise_scale, rewarm_steps=training.rewarm_steps)

@@ -4,10 +4,13 @@ Enters: the budget and what earlier updates needed after learning. Leaves: how l
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from data_schemas.errors import ConfigError
+from pipeline.config import UpdateConfig
+from pipeline.training.step_time import StepTime
 
 Clock = Callable[[], float]
 """Seconds that only go forward; the wall clock may jump, so it is never asked."""
@@ -60,3 +63,30 @@ def reserve_seconds(tails: Sequence[float], *, budget_seconds: float, min_reserv
         return max(min_reserve_seconds, FIRST_RESERVE_SHARE * budget_seconds)
     longest = min(RESERVE_MARGIN * max(tails[-20:]), GREATEST_RESERVE_SHARE * budget_seconds)
     return max(min_reserve_seconds, longest)
+
+
+def earlier_step_time(history: Sequence[Mapping[str, Any]]) -> StepTime | None:
+    """As the latest update that fitted it reported; None if none did."""
+    for record in reversed(history):
+        fixed, row = record.get("fixed_seconds"), record.get("row_seconds")
+        if fixed is not None and row:
+            return StepTime(fixed_seconds=fixed, row_seconds=row)
+    return None
+
+
+def refuse_too_small(config: UpdateConfig, deadline: Deadline, step_time: StepTime | None) -> None:
+    """A budget that does not hold one batch beside the reserve would never learn a row.
+
+    Raises:
+        ConfigError: names the settings, and the least budget that works.
+    """
+    if step_time is None or config.training.batch_policy not in ("deadline", "goodput"):
+        return
+    rows = config.training.min_batch_size
+    step, reserve = step_time.seconds(rows), deadline.reserve_seconds
+    if reserve + step > deadline.budget_seconds:
+        raise ConfigError(
+            f"budget.seconds = {deadline.budget_seconds:g} does not hold the reserve of {reserve:.3g} s and one batch of "
+            f"training.min_batch_size = {rows}, which takes {step:.3g} s; use budget.seconds of at least {reserve + step:.3g}, "
+            "or a smaller training.min_batch_size"
+        )

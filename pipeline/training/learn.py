@@ -3,6 +3,7 @@
 Enters: an encoded window and a learner. Leaves: the learner changed in place, and what was done, to report and to replay.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from data_schemas.examples import F32
 from pipeline.data.encode import EncodedWindow
 from pipeline.outcome import LossPoint, PlanRecord
 from pipeline.training.batch_size import BatchPolicy, Decision
@@ -17,6 +19,8 @@ from pipeline.training.budget import Deadline
 from pipeline.training.learner import Chunk, Learner, StepResult
 from pipeline.training.probes import Probed, Probes
 from pipeline.training.processes import Processes
+from pipeline.training.step_time import StepTime
+from sampling.mid_pass import Thinning
 from sampling.minibatches import BatchCursor
 
 LOSS_POINTS = 200
@@ -43,17 +47,39 @@ class Learned:
     skipped_steps: int
     skipped_rows: int
     """Rows of skipped steps: not learned, and not learned later either."""
+    kept_R: npt.NDArray[np.bool_] | None = None
+    """True for rows that were not left out by sampling; None: all."""
     probed: Probed | None = None
     """What single steps did; None where none was probed."""
+    thinned_R: npt.NDArray[np.bool_] | None = None
+    """True for rows that were passed by because the plan left them out; None where it left out none."""
+
+    step_time: StepTime | None = None
+    """As fitted in the pass; None where the policy fits none."""
+
+    @property
+    def thinned_rows(self) -> int:
+        """Rows that the plan left out in mid-pass."""
+        return 0 if self.thinned_R is None else int(self.thinned_R.sum())
 
     def first(self, num_rows: int) -> "Learned":
-        """What was done with the first rows of the window alone; those of skipped steps are shared out evenly."""
+        """What was done with the first rows of the window alone; what was skipped or left out is shared out evenly."""
         if num_rows == len(self.unreached_R):
             return self
         unreached_R = self.unreached_R[:num_rows]
-        reached, all_reached = num_rows - int(unreached_R.sum()), self.rows + self.skipped_rows
+        kept_R = np.ones(num_rows, bool) if self.kept_R is None else self.kept_R[:num_rows]
+        thinned_R = None if self.thinned_R is None else self.thinned_R[:num_rows]
+        reached, all_reached = int((kept_R & ~unreached_R).sum()), self.rows + self.skipped_rows
+        reached -= 0 if thinned_R is None else int((kept_R & thinned_R).sum())
         skipped = round(self.skipped_rows * reached / max(all_reached, 1))
-        return replace(self, rows=reached - skipped, unreached_R=unreached_R, skipped_rows=skipped)
+        return replace(
+            self,
+            rows=reached - skipped,
+            unreached_R=unreached_R,
+            kept_R=kept_R,
+            thinned_R=thinned_R,
+            skipped_rows=skipped,
+        )
 
 
 def learn(
@@ -77,34 +103,58 @@ def learn(
         policy: the size and the rate of each step.
         deadline: none: the whole window is learned.
         progress: called after each step.
-        stratum_R: batches mirror these strata.
+        stratum_R: batches mirror these strata; and where the policy leaves rows out, rare strata are kept longest.
         kept_R: only these rows are learned; the others are reached as the pass goes by.
         probe_rows: some steps are looked at on so many rows; 0 for none.
     """
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
+    kept = slice(None) if kept_R is None else kept_R
+    learner.start_at(_click_rate(window.labels_R[kept], window.weights_R[kept]))
     cursor = BatchCursor.of(window.num_rows, seed=seed, stratum_R=stratum_R, kept_R=kept_R)
     num_rows = cursor.remaining
     trace = _Trace(num_rows)
-    mean_weight = float(window.weights_R[slice(None) if kept_R is None else kept_R].mean()) if num_rows else 1.0
+    mean_weight = float(window.weights_R[kept].mean()) if num_rows else 1.0
     stopwatch = _Stopwatch(deadline, learner.processes)
     probes = _probes(learner, window, cursor, probe_rows)
-    while not stopwatch.out_of_time and (batches := _plan_chunk(cursor, policy, trace.steps, learner.config.sparse_step_rows)):
+    thinned_by_R = window.labels_R.astype(np.int32) if stratum_R is None else stratum_R
+    takes = _Takes(cursor, seed=seed, stratum_R=thinned_by_R, num_rows=window.num_rows)
+    window = replace(window, weights_R=window.weights_R.copy())
+    while not stopwatch.out_of_time and (batches := _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())):
+        started, done, last = stopwatch.seconds(), 0, 0
+        for batch in batches:
+            if batch.probability_B is not None:
+                window.weights_R[batch.rows] /= batch.probability_B.astype(np.float32)
         chunk, own_rows = _look_up(learner, window, batches)
         for batch, rows in zip(batches, own_rows, strict=True):
             if stopwatch.is_up():
                 cursor.position = batch.position
                 break
-            divisor = len(batch.rows) * mean_weight
-            with probes.dense_step(chunk, rows, position=batch.position) if probes else nullcontext():
-                result = learner.step(chunk, rows, divisor=divisor, learning_rate=batch.decision.learning_rate)
+            own = slice(rows.start, rows.start + len(batch.rows))
+            with probes.dense_step(chunk, own, position=batch.position) if probes else nullcontext():
+                result = learner.step(
+                    chunk,
+                    rows,
+                    divisor=len(batch.rows) * mean_weight / batch.decision.keep_rate,
+                    learning_rate=batch.decision.learning_rate,
+                    sparse_scale=batch.decision.batch_size / (learner.config.reference_batch_size or batch.decision.batch_size),
+                )
             trace.add(batch, result, seconds=stopwatch.seconds())
+            takes.learned(batch)
             progress(batch.position + len(batch.rows), num_rows)
-        done = cursor.position - batches[0].position
-        with probes.sparse_step(chunk, done, position=cursor.position) if probes else nullcontext():
+            last, done = own.stop, done + 1
+        learner.set_sparse_factor(batches[0].decision.sparse_rate_factor)
+        passed = cursor.position - batches[0].position
+        with probes.sparse_step(chunk, slice(0, last), passed, position=cursor.position) if probes else nullcontext():
             learner.finish(chunk)
+        rows_done = sum(rows.stop - rows.start for rows in own_rows[:done]) * learner.processes.count
+        policy.observe(steps=done, rows=rows_done, seconds=stopwatch.agreed(stopwatch.seconds() - started))
+    if takes.last_without_rows and not cursor.remaining:
+        trace.add_plan(takes.last_without_rows)
     unreached_R = np.zeros(window.num_rows, bool)
     unreached_R[cursor.unreached()] = True
-    return replace(trace.learned(unreached_R), probed=probes.probed() if probes else None)
+    left_out_R = takes.left_out_R()
+    thinned_R = None if left_out_R is None else left_out_R & ~unreached_R
+    return replace(trace.learned(unreached_R, thinned_R), kept_R=kept_R, probed=probes.probed() if probes else None)
 
 
 def _probes(learner: Learner, window: EncodedWindow, cursor: BatchCursor, probe_rows: int) -> Probes | None:
@@ -124,18 +174,67 @@ class _Batch:
     position: int
     """Rows of the permutation before it."""
     rows: npt.NDArray[np.int64]
+    probability_B: npt.NDArray[np.float64] | None = None
+    """That each had to be kept by the plan; None where it leaves out none."""
+    passed: tuple[int, int] = (0, 0)
+    """Places of the permutation that were passed for it."""
 
 
-def _plan_chunk(cursor: BatchCursor, policy: BatchPolicy, step: int, chunk_rows: int) -> list[_Batch]:
+class _Takes:
+    """Takes rows from the permutation, all or thinned, and remembers which were left out."""
+
+    def __init__(
+        self, cursor: BatchCursor, *, seed: Sequence[int], stratum_R: npt.NDArray[np.int32] | None, num_rows: int
+    ) -> None:
+        self.cursor = cursor
+        self._seed, self._stratum_R = seed, stratum_R
+        self._thinning: Thinning | None = None
+        self._left_out_R: npt.NDArray[np.bool_] | None = None
+        self._num_rows = num_rows
+        self.last_without_rows: _Batch | None = None
+        """The end of a pass whose last rows were all left out: a plan was in force there, and no step tells of it."""
+
+    def next_batch(self, decision: Decision, step: int) -> _Batch:
+        start = self.cursor.position
+        rows, probability_B = self._next_rows(decision)
+        passed = (start, self.cursor.position)
+        return _Batch(decision=decision, step=step, position=start, rows=rows, probability_B=probability_B, passed=passed)
+
+    def learned(self, batch: _Batch) -> None:
+        """What was passed for a batch that was stepped counts as done."""
+        if batch.probability_B is None:
+            return
+        if self._left_out_R is None:
+            self._left_out_R = np.zeros(self._num_rows, bool)
+        self._left_out_R[self.cursor.order_R[slice(*batch.passed)]] = True
+        self._left_out_R[batch.rows] = False
+
+    def left_out_R(self) -> npt.NDArray[np.bool_] | None:
+        return self._left_out_R
+
+    def _next_rows(self, decision: Decision) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
+        if decision.keep_rate == 1:
+            return self.cursor.next_rows(decision.batch_size), None
+        if self._thinning is None:
+            self._thinning = Thinning.of(self._num_rows, seed=self._seed, stratum_R=self._stratum_R)
+        return self._thinning.next_rows(self.cursor, decision.batch_size, decision.keep_rate)
+
+
+def _plan_chunk(takes: _Takes, policy: BatchPolicy, step: int, learner: Learner, seconds_left: float) -> list[_Batch]:
     """The next batches whose ids are looked up together: at least one, as long as there are rows and the plan goes on."""
     batches: list[_Batch] = []
+    cursor, chunk_rows = takes.cursor, learner.config.sparse_step_rows
     while cursor.remaining and sum(len(batch.rows) for batch in batches) < max(chunk_rows, 1):
-        position = cursor.position
-        decision = policy.decide(step=step + len(batches), position=position)
+        at = step + len(batches)
+        decision = policy.decide(step=at, position=cursor.position, remaining=cursor.remaining, seconds_left=seconds_left)
         if decision is None:
             break
-        rows = cursor.next_rows(decision.batch_size)
-        batches.append(_Batch(decision=decision, step=step + len(batches), position=position, rows=rows))
+        batch = takes.next_batch(decision, at)
+        if not len(batch.rows):
+            takes.learned(batch)
+            takes.last_without_rows = batch
+            break
+        batches.append(batch)
     return batches
 
 
@@ -146,7 +245,7 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
     all processes exchange tensors of one size.
     """
     rank, count = learner.processes.rank, learner.processes.count
-    shares = [_ceil_div(len(batch.rows), count) for batch in batches]
+    shares = [learner.padded(_ceil_div(len(batch.rows), count)) for batch in batches]
     ends = np.cumsum(shares)
     rows = [
         np.resize(batch.rows[rank::count] if rank < len(batch.rows) else batch.rows, share)
@@ -155,6 +254,12 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
     filling = [np.arange(share) >= len(batch.rows[rank::count]) for batch, share in zip(batches, shares, strict=True)]
     chunk = learner.look_up(window.minibatch(np.concatenate(rows), filling_B=np.concatenate(filling)))
     return chunk, [slice(int(end) - share, int(end)) for end, share in zip(ends, shares, strict=True)]
+
+
+def _click_rate(labels_R: F32, weights_R: F32) -> float:
+    """Weighted by one over the inclusion probability; 0 for rows without weight."""
+    total = float(weights_R.sum(dtype=np.float64))
+    return float(np.dot(labels_R.astype(np.float64), weights_R)) / total if total > 0 else 0.0
 
 
 class _Stopwatch:
@@ -171,12 +276,25 @@ class _Stopwatch:
         self.out_of_time = self._processes.total(float(passed)) > 0
         return self.out_of_time
 
+    def agreed_left(self) -> float:
+        """Seconds until the reserve line, the same in all processes; infinite without a deadline."""
+        return self.agreed(self._deadline.learning_seconds_left()) if self._deadline else math.inf
+
+    def agreed(self, value: float) -> float:
+        """The mean over all processes."""
+        return self._processes.total(value) / self._processes.count
+
     def seconds(self) -> float:
         return self._left_at_start - self._deadline.learning_seconds_left() if self._deadline else 0.0
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
+
+
+def _governs(plan: PlanRecord | Decision) -> tuple[float, ...]:
+    """What a step depends on."""
+    return plan.batch_size, plan.learning_rate, plan.keep_rate, plan.sparse_rate_factor
 
 
 class _Trace:
@@ -195,10 +313,8 @@ class _Trace:
         self.last_point = (0, 0.0)
 
     def add(self, batch: _Batch, result: StepResult, *, seconds: float) -> None:
-        decision, rows = batch.decision, len(batch.rows)
-        last = self.plan[-1] if self.plan else None
-        if last is None or (last.batch_size, last.learning_rate) != (decision.batch_size, decision.learning_rate):
-            self.plan.append(PlanRecord(step=batch.step, position=batch.position, **vars(decision)))
+        rows = len(batch.rows)
+        self.add_plan(batch)
         self.steps += 1
         self.last_batch_size = rows
         if not result.learned:
@@ -211,7 +327,13 @@ class _Trace:
         if sum(count for _, count in self.gathered) >= self.rows_a_point:
             self._close_point(*self.last_point)
 
-    def learned(self, unreached_R: npt.NDArray[np.bool_]) -> Learned:
+    def add_plan(self, batch: _Batch) -> None:
+        """Where it differs from the plan in force."""
+        last = self.plan[-1] if self.plan else None
+        if last is None or _governs(last) != _governs(batch.decision):
+            self.plan.append(PlanRecord(step=batch.step, position=batch.position, **vars(batch.decision)))
+
+    def learned(self, unreached_R: npt.NDArray[np.bool_], thinned_R: npt.NDArray[np.bool_] | None) -> Learned:
         if self.gathered:
             self._close_point(*self.last_point)
         return Learned(
@@ -222,6 +344,7 @@ class _Trace:
             loss_curve=tuple(self.curve),
             skipped_steps=self.skipped,
             skipped_rows=self.skipped_rows,
+            thinned_R=thinned_R,
         )
 
     def _close_point(self, position: int, seconds: float) -> None:

@@ -27,6 +27,9 @@ from models.loss import weighted_log_loss_sum
 from models.row_gradients import Lookups, lookups_of
 from models.tables import TableLayout
 from pipeline.config import TrainingConfig
+from pipeline.training.batch_size import whole
+from pipeline.training.compilation import Compiled, compiled
+from pipeline.training.noise_scale import MEASURE_EVERY, NoiseScale, spread_of
 from pipeline.training.optimizers import dense_optimizer, warmed_up
 from pipeline.training.processes import Processes
 from pipeline.training.smoothing import MovingAverage, smooth_gradients
@@ -79,13 +82,19 @@ class Learner:
         self.gradient_average = MovingAverage(self.parameters, config.gradient_ema) if config.gradient_ema else None
         self.weight_average = MovingAverage(self.parameters, config.weight_ema) if config.weight_ema else None
         self.sparse_step = SparseStep(model.tables, config, self.processes)
+        self.noise_scale = NoiseScale()
+        """Of the dense gradients, measured every few steps where a setting needs it."""
+        self._sparse_factor = 1.0
+        self.net: Compiled = compiled(model.net, asked=config.compile_dense_network)
 
     def look_up(self, batch: MiniBatch) -> "Chunk":
         """Looks the ids of a chunk up, for the steps that follow; `finish` learns them."""
         batch = batch.to(self.device)
         return Chunk(batch, self.model.tables(batch.deep, batch.wide))
 
-    def step(self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float) -> StepResult:
+    def step(
+        self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float, sparse_scale: float = 1.0
+    ) -> StepResult:
         """Learns one batch with the dense weights, and keeps what it means for the sparse rows.
 
         Args:
@@ -93,25 +102,58 @@ class Learner:
             rows: the batch, as rows of the chunk; padded rows have weight 0.
             divisor: rows of the whole batch, over all processes, times the window's mean weight.
             learning_rate: of the dense optimizer, before warm-up.
+            sparse_scale: factor on the gradients of the embeddings; those of the wide part are sums over rows anyway.
 
         Raises:
             LearningDiverged: more than `training.max_skipped_steps` steps in a row were not finite.
         """
         self.optimizer.zero_grad()
-        pieces = list(self._micro_batches(chunk, rows))
-        loss_sum = sum((self._backward(chunk, piece, divisor) for piece in pieces), torch.zeros((), device=self.device))
+        measures = self.config.measures_noise and self.steps % MEASURE_EVERY == 0 and self.precision != "fp16"
+        pieces = list(self._micro_batches(chunk, rows, at_least_two=measures and not self.net.compiles))
+        loss_sum, squared_norms = torch.zeros((), device=self.device), []
+        for piece in pieces:
+            if measures:
+                loss, squared_norm = self._measured_backward(chunk, piece, divisor)
+                squared_norms.append(squared_norm)
+            else:
+                loss = self._backward(chunk, piece, divisor)
+            loss_sum = loss_sum + loss
         self._unscale(pieces)
         self.processes.sum_gradients(list(self.parameters.values()))
+        if measures:
+            self._measure_noise(chunk, pieces, squared_norms)
         log_loss = self.processes.total(float(loss_sum))
         finite = self.processes.total(float(not (math.isfinite(log_loss) and self._gradients_are_finite(pieces)))) == 0
         rate = warmed_up(learning_rate, self.steps, self.config.warmup_steps)
         if finite:
-            chunk.keep_gradients(pieces, self.model.layout)
+            chunk.keep_gradients(pieces, self.model.layout, divisor=divisor, scale=sparse_scale)
             self._dense_step(rate)
         if self.precision == "fp16":
             self.scaler.update()
         self._count(finite, log_loss)
         return StepResult(log_loss=log_loss, learned=finite, learning_rate=rate)
+
+    @torch.no_grad()
+    def start_at(self, click_rate: float) -> None:
+        """Lets a model that has not learned anything predict this rate, where it is neither 0 nor 1.
+
+        Otherwise a rare click costs hundreds of steps before the bias is where a count would have put it.
+        """
+        if self.steps == 0 and 0 < click_rate < 1:
+            self.model.net.bias.fill_(math.log(click_rate / (1 - click_rate)))
+
+    def padded(self, rows: int) -> int:
+        """Rows of the static shape that `rows` of one process are filled up to; a batch of a fixed size is left as it is."""
+        if self.config.batch_policy == "fixed" and not self.config.compile_dense_network:
+            return rows
+        return whole(rows, self.config.micro_batch_size)
+
+    def set_sparse_factor(self, factor: float) -> None:
+        """Of the rates of the embeddings and of the wide part, from the next `finish` on."""
+        if factor != self._sparse_factor:
+            sparse, wide = self.config.sparse_learning_rate, self.config.wide_learning_rate
+            self.model.tables.set_learning_rates(sparse=sparse * factor, wide=wide * factor)
+            self._sparse_factor = factor
 
     def finish(self, chunk: "Chunk") -> None:
         """One step of the sparse rows, with the gradients of all batches of the chunk that were learned."""
@@ -142,15 +184,50 @@ class Learner:
         with self.sparse_step.averaged():
             yield self.dense_weights(averaged=True)
 
-    def _micro_batches(self, chunk: "Chunk", rows: slice) -> Iterator["_MicroBatch"]:
-        for start in range(rows.start, rows.stop, self.config.micro_batch_size):
-            yield _MicroBatch(chunk, slice(start, min(start + self.config.micro_batch_size, rows.stop)), self.model.layout)
+    def _micro_batches(self, chunk: "Chunk", rows: slice, *, at_least_two: bool = False) -> Iterator["_MicroBatch"]:
+        size, count = self.config.micro_batch_size, rows.stop - rows.start
+        if at_least_two and 2 <= count <= size:
+            size = -(-count // 2)
+        for start in range(rows.start, rows.stop, size):
+            yield _MicroBatch(chunk, slice(start, min(start + size, rows.stop)), self.model.layout)
+
+    def _measured_backward(self, chunk: "Chunk", piece: "_MicroBatch", divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_backward`, with the same sums in the same order; and the squared norm of this micro-batch's gradient alone."""
+        before = [parameter.grad for parameter in self.parameters.values()]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        loss = self._backward(chunk, piece, divisor)
+        own = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        squared_norm = torch.nn.utils.get_total_norm(own) ** 2
+        for parameter, gradient in zip(self.parameters.values(), before, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad = gradient.add_(parameter.grad)
+            elif gradient is not None:
+                parameter.grad = gradient
+        return loss, squared_norm
+
+    def _measure_noise(self, chunk: "Chunk", pieces: Sequence["_MicroBatch"], squared_norms: Sequence[torch.Tensor]) -> None:
+        """From the norms of the micro-batches' shares of the gradient; every process ends with the same figures."""
+        rows = [int((chunk.batch.weights_B[piece.rows] != 0).sum()) for piece in pieces]
+        count = self.processes.total(sum(rows))
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        whole = float(torch.nn.utils.get_total_norm(gradients)) ** 2
+        own = [float(norm) for norm in squared_norms]
+        if self.processes.count == 1:
+            norms = [norm * (count / n) ** 2 if n else 0.0 for norm, n in zip(own, rows, strict=True)]
+            self.noise_scale.add(spread_of(norms, rows, whole))
+            return
+        micro_batches = self.processes.total(sum(n > 0 for n in rows))
+        total = self.processes.total(sum(norm * count / n for norm, n in zip(own, rows, strict=True) if n))
+        even = count / max(micro_batches, 1.0)
+        pairs = round(micro_batches)
+        self.noise_scale.add(spread_of([total] * pairs, [max(round(even), 1)] * pairs, whole))
 
     def _backward(self, chunk: "Chunk", piece: "_MicroBatch", divisor: float) -> torch.Tensor:
         """Forward and backward of the dense network over a micro-batch; its share of the batch's loss."""
         part = piece.rows
         with self.autocast():
-            logits_m = self.model.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
+            logits_m = self.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
         if chunk.batch.logit_shifts_B is not None:
             logits_m = logits_m.float() + chunk.batch.logit_shifts_B[part]
         loss = weighted_log_loss_sum(logits_m, chunk.batch.labels_B[part], chunk.batch.weights_B[part]) / divisor
@@ -209,14 +286,22 @@ class Chunk:
         self.learned_C = torch.zeros_like(batch.weights_B)
         """Weights of the examples that were learned; 0 for all others."""
 
-    def keep_gradients(self, pieces: Sequence["_MicroBatch"], layout: TableLayout) -> None:
-        """Adds those of one batch: to its own rows, and to the rows that carry its users' histories."""
+    def keep_gradients(
+        self, pieces: Sequence["_MicroBatch"], layout: TableLayout, *, divisor: float, scale: float = 1.0
+    ) -> None:
+        """Adds those of one batch: to its own rows, and to the rows that carry its users' histories.
+
+        Those of wide weights are sums over rows, not means over the batch: what a weight has seen is then counted in rows,
+        whatever the batches that they came in.
+        """
         for piece in pieces:
             deep_mS, wide_mW = piece.deep_mS.grad, piece.wide_mW.grad
             assert deep_mS is not None
             assert wide_mW is not None
+            if scale != 1.0:
+                deep_mS = deep_mS * scale
             self.learned_C[piece.rows] = self.batch.weights_B[piece.rows]
-            self.wide_gradient_CW[piece.rows] = wide_mW
+            self.wide_gradient_CW[piece.rows] = wide_mW * divisor
             plain = layout.plain_width
             self.deep_gradient_CS[piece.rows, :plain] = deep_mS[:, :plain]
             if self.batch.history_row_B is not None:

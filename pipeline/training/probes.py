@@ -71,13 +71,20 @@ class Probes:
         self._gradient_norms.append(self._learner.gradient_norm)
 
     @contextmanager
-    def sparse_step(self, chunk: Chunk, num_rows: int, *, position: int) -> Iterator[None]:
-        """Around the step of the table rows of a chunk whose first `num_rows` rows were learned, up to `position`."""
+    def sparse_step(self, chunk: Chunk, rows: slice, num_rows: int, *, position: int) -> Iterator[None]:
+        """Around the step of the table rows of a chunk.
+
+        Args:
+            chunk: of several batches.
+            rows: of the chunk that were learned; the last of them is none that only fills a shape.
+            num_rows: of the pass that they stand for.
+            position: in the pass, after them.
+        """
         if not num_rows or not self._due("sparse", position - num_rows, num_rows):
             self._other_pooled = None
             yield
             return
-        tail = self._tail(slice(0, num_rows))
+        tail = self._tail(rows)
         before = (self._own(chunk, chunk.pooled, tail), self._others(self._look_up_others()))
         yield
         self._other_pooled = None

@@ -87,6 +87,29 @@ def test_a_step_equals_torch_adagrad_on_summed_gradients() -> None:
         torch.testing.assert_close(_weights(tables)[f"{part}.user.weight"], weight.detach())
 
 
+def test_wide_weights_step_as_ftrl_proximal_says() -> None:
+    """McMahan et al. 2013: rate / (beta + sqrt(sum of g^2)), with the gradients of a weight's rows added up first."""
+    tables = EmbeddingTables(
+        LAYOUT,
+        sparse_optimizer="adagrad",
+        sparse_learning_rate=0.1,
+        wide_learning_rate=0.2,
+        wide_beta=0.7,
+        device=torch.device("cpu"),
+    )
+    expected, squares = torch.zeros(11), torch.zeros(11)
+    for gradients in ([0.3, 0.1, -0.9], [0.2, 0.2, 0.4]):
+        pooled = tables(*_batch())
+        gradient_BW = torch.zeros_like(pooled.wide_BW)
+        gradient_BW[:, 0] = torch.tensor(gradients)
+        torch.autograd.backward([pooled.deep_BS, pooled.wide_BW], [torch.zeros_like(pooled.deep_BS), gradient_BW])
+        summed = torch.zeros(11)
+        summed[1], summed[3] = gradients[0] + gradients[1], gradients[2]  # the rows' users are 1, 1 and 3
+        squares += summed**2
+        expected -= 0.2 * summed / (0.7 + squares.sqrt())
+    torch.testing.assert_close(_weights(tables)["wide.user.weight"][:, 0], expected)
+
+
 def test_row_wise_adagrad_scales_a_row_by_its_mean_squared_gradient() -> None:
     tables = _tables("rowwise_adagrad")
     before = _weights(tables)["deep.user.weight"]

@@ -11,7 +11,7 @@ from data_schemas.dataset import DATASETS_FOLDER
 from data_schemas.errors import ConfigError, SpecError
 from pipeline.config import UpdateConfig, load_config
 
-SHIPPED = (DATASETS_FOLDER / "amexpert.toml").read_text(encoding="utf-8")
+SHIPPED = (DATASETS_FOLDER / "movielens.toml").read_text(encoding="utf-8")
 assert "[settings" not in SHIPPED
 
 Declare = Callable[[str], Path]
@@ -77,7 +77,7 @@ def test_places_are_judged_together_and_not_one_by_one(declare: Declare) -> None
 
 def test_what_a_data_set_declares_for_itself_holds_for_it_alone() -> None:
     assert load_config(overrides=["dataset=brunch"]).training.batch_size == 1024
-    assert load_config(overrides=["dataset=amexpert"]).training == UpdateConfig.model_fields["training"].default
+    assert load_config(overrides=["dataset=movielens"]).training == UpdateConfig.model_fields["training"].default
 
 
 def test_of_two_overrides_of_one_setting_the_last_wins() -> None:

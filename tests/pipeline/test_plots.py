@@ -93,7 +93,7 @@ def test_bars_are_wilson_intervals(clicks: int, rows: int) -> None:
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0"), (999, "999"), (1500, "1.5k"), (2_000_000, "2M")])
 def test_counts_are_short(count: float, text: str) -> None:
-    assert plots._short_count(count) == text
+    assert plots.short_count(count) == text
 
 
 def test_the_same_input_draws_the_same_bytes() -> None:

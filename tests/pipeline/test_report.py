@@ -90,7 +90,7 @@ def test_the_markdown_has_figures_rows_budget_plan_notes_and_plots() -> None:
 
 def test_words_from_outside_cannot_break_a_table() -> None:
     row = next(line for line in as_markdown(report()).splitlines() if "0.002" in line)
-    assert row == "| 0 | 1,024 | 0.002 | a \\| b c |"
+    assert row == "| 0 | 1,024 | 100.0% | 0.002 | a \\| b c |"
 
 
 def test_every_table_row_has_as_many_cells_as_its_header() -> None:
@@ -135,7 +135,7 @@ def test_the_history_round_trips(tmp_path: Path) -> None:
     assert first["notes"] == ["2 lists were capped"]
     assert (second["version"], second["before"]["auc"], second["frozen"]) == (13, None, None)
     left_out = {field.name for field in dataclasses.fields(UpdateReport)} - set(first)
-    assert left_out == {"plan", "loss_curve"}
+    assert left_out == {"plan", "loss_curve", "sampling"}
 
 
 def test_a_model_without_updates_has_no_history(tmp_path: Path) -> None:

@@ -150,9 +150,13 @@ def _bits(config: UpdateConfig) -> dict[str, bytes]:
     manifest = read_manifest(config.model_dir, state.version)
     tensors = load_dense(config.model_dir, manifest)
     tensors |= {piece.name: piece.tensor for piece in state.learner.model.tables.slices()}
-    memory = {name: array.tobytes() for name, array in (state.memory.arrays() | state.ids.arrays()).items()}
+    memory = {name: array.tobytes() for name, array in _remembered(state).items()}
     weights = {name: tensor.contiguous().numpy().tobytes() for name, tensor in tensors.items()}
     return memory | weights | {"moments": str(manifest.moments).encode()}
+
+
+def _remembered(state: ModelState) -> dict[str, np.ndarray]:
+    return state.memory.arrays() | state.ids.arrays() | state.replay.arrays()
 
 
 def test_hours_are_learned_in_order_and_the_model_gets_better(config: UpdateConfig) -> None:
@@ -178,13 +182,16 @@ def test_twelve_windows_with_a_restart_between_each_equal_twelve_without(
     for hour in range(12):
         _write_hour(config, hour)
     overrides = {"dense_optimizer": "adagrad", "gradient_ema": 0.9, "weight_ema": 0.99, "warmup_steps": 20}
-    config = config.model_copy(update={"training": config.training.model_copy(update=overrides)})
+    past = config.sampling.model_copy(update={"replay_share": 0.2, "replay_capacity": 400})
+    config = config.model_copy(update={"training": config.training.model_copy(update=overrides), "sampling": past})
     _ingest(config)
     together = config.model_copy(update={"model_name": "together"})
     _learn_all(config)
     reports = _learn_all_in_memory(together, monkeypatch)
     assert len(reports) == 12
     assert sum(report.ids["user"].evicted for report in reports) > 0, "rows changed their owner"
+    assert any("past rows were learned again" in note for note in reports[-1].notes)
+    assert all(report.rows_learned == report.rows for report in reports), "past rows are not counted twice"
     assert _bits(config) == _bits(together)
 
 

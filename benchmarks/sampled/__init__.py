@@ -1,0 +1,1 @@
+"""What `sampling_study.py` measures, one file a sub-command."""

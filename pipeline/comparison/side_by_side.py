@@ -1,0 +1,81 @@
+"""All strategies with all seeds over one stream, one after the other or several at a time.
+
+Enters: jobs. Leaves: `StrategyRun`s as they are done. Each process holds the stream once and runs with one thread.
+"""
+
+import logging
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from data_schemas.dataset import DatasetSpec
+from data_schemas.errors import ConfigError
+from pipeline.comparison.run import StrategyRun, run_strategy
+from pipeline.comparison.strategies import Strategy
+from pipeline.comparison.stream import RecordedWindow
+from pipeline.config import UpdateConfig, overridden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A strategy with a seed."""
+
+    strategy: str
+    config: UpdateConfig
+    """The strategy's settings."""
+    seed: int
+
+
+def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int) -> list[Job]:
+    """Every strategy with seeds 0 to `seeds` - 1, seed by seed, so that what slows the machine meets all strategies alike.
+
+    Raises:
+        ConfigError: a strategy's settings are wrong or contradict each other; its name is given.
+    """
+    configs = {strategy.name: _config_of(config, strategy) for strategy in strategies}
+    return [Job(strategy=name, config=own, seed=seed) for seed in range(seeds) for name, own in configs.items()]
+
+
+def run_jobs(
+    jobs: Sequence[Job], spec: DatasetSpec, stream: Sequence[RecordedWindow], *, workers: int
+) -> Iterator[StrategyRun]:
+    """Runs of all jobs, as they end.
+
+    Args:
+        workers: processes at a time; with 1 all is done in this one.
+    """
+    if workers == 1:
+        for job in jobs:
+            yield run_strategy(job.strategy, job.config, spec, stream, seed=job.seed)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_hold, initargs=(spec, stream)) as pool:
+        waiting = [pool.submit(_run, job) for job in jobs]
+        try:
+            for done in as_completed(waiting):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _config_of(config: UpdateConfig, strategy: Strategy) -> UpdateConfig:
+    try:
+        return overridden(config, strategy.overrides)
+    except ConfigError as error:
+        raise ConfigError(f"strategy {strategy.name!r}: {error}") from error
+
+
+_held: list[tuple[DatasetSpec, Sequence[RecordedWindow]]] = []
+"""In a process of the pool: what all of its jobs need, so that it is sent once."""
+
+
+def _hold(spec: DatasetSpec, stream: Sequence[RecordedWindow]) -> None:
+    # Warns of a change inside torch whenever torchrec makes a table: nothing that a user can act on.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    _held.append((spec, stream))
+
+
+def _run(job: Job) -> StrategyRun:
+    ((spec, stream),) = _held
+    return run_strategy(job.strategy, job.config, spec, stream, seed=job.seed)

@@ -1,0 +1,33 @@
+"""What the plan of a pass did to rows, in words.
+
+Enters: settings and what a pass did. Leaves: notes of the report.
+"""
+
+from collections.abc import Iterator
+
+from pipeline.config import TrainingConfig
+from pipeline.training.learn import Learned
+from pipeline.training.learner import Learner
+
+
+def plan_notes(training: TrainingConfig, learned: Learned, learner: Learner, num_rows: int) -> Iterator[str]:
+    """Rows left out, how much and why; and what could not be done as set."""
+    if learned.thinned_rows:
+        rates = [record.keep_rate for record in learned.plan if record.keep_rate < 1]
+        reason = next(record.reason for record in learned.plan if record.keep_rate < 1)
+        yield (
+            f"{learned.thinned_rows:,} of {num_rows:,} rows were left out for want of time, at keep rates from "
+            f"{min(rates):.3g} to {max(rates):.3g}; those kept carry one over it as weight ({reason})"
+        )
+    if learner.net.note:
+        yield learner.net.note
+    if training.measures_noise and learner.noise_scale.last is None:
+        yield "the gradient noise scale is not measured yet; nine times the reference batch was taken for it"
+    elif training.measures_noise and learner.noise_scale.kept_last:
+        yield (
+            f"the gradient was too small against its noise in the last {learner.noise_scale.kept_last} measurements; the noise "
+            f"scale of {learner.noise_scale.last:,.0f} rows before them was kept"
+        )
+    uses_reference = training.batch_policy != "fixed" or training.learning_rate_scaling != "none"
+    if uses_reference and training.reference > num_rows:
+        yield f"the window's {num_rows:,} rows are fewer than the reference batch of {training.reference:,}"

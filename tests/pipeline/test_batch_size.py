@@ -1,0 +1,173 @@
+"""Policies: the plan of the design, whole micro-batches, and the same contract for each."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_schemas.errors import ConfigError
+from pipeline.config import TrainingConfig, load_config
+from pipeline.training.batch_size import BatchPolicy, Decision, Size, batch_policy, best_size, whole
+from pipeline.training.budget import Deadline, earlier_step_time, refuse_too_small
+from pipeline.training.step_time import StepTime, StepTimeFit
+
+TIME = StepTime(fixed_seconds=0.002, row_seconds=1 / 60_000)
+POLICIES = ("fixed", "linear_ramp", "deadline", "goodput")
+
+
+def _size(how: Any = "goodput", **changed: Any) -> Size:
+    given = {"remaining": 1_000_000, "seconds_left": 100.0, "step_time": TIME, "noise_scale": 3000.0}
+    bounds = {"smallest": 64, "largest": 16_384, "micro_batch": 64}
+    return best_size(how, **{**given, **bounds, **changed})
+
+
+def test_time_enough_takes_the_smallest_batch_that_still_gains() -> None:
+    assert _size(seconds_left=100.0) == _size("deadline", seconds_left=100.0)
+    assert _size(seconds_left=100.0).batch_size == whole(3000 / 9, 64)
+    assert _size(seconds_left=1e9, noise_scale=90.0).batch_size == 64
+
+
+def test_overload_is_answered_as_the_design_has_it() -> None:
+    """N=3000, f=2 ms, d=1/60000 s, T=100 s, 5.9 M rows."""
+    best = (3000 * 0.002 * 60_000) ** 0.5
+    goodput, deadline = _size(remaining=5_900_000), _size("deadline", remaining=5_900_000)
+    assert goodput.batch_size == pytest.approx(best, abs=64)
+    assert goodput.keep_rate * 5_900_000 == pytest.approx(100 * best / (0.002 + best / 60_000), rel=0.02)
+    assert deadline.keep_rate == 1
+    assert deadline.batch_size == pytest.approx(5_900_000 * 0.002 / (100 - 5_900_000 / 60_000), rel=0.02)
+    worth = {size: size.keep_rate * 5.9 / (1 + size.batch_size / 3000) for size in (goodput, deadline)}
+    assert worth[goodput] == pytest.approx(4.2, abs=0.1)
+    assert worth[deadline] == pytest.approx(1.8, abs=0.1)
+
+
+def test_deadline_leaves_rows_out_only_beyond_the_largest_batch() -> None:
+    size = _size("deadline", remaining=12_000_000)
+    assert size.batch_size == 16_384
+    assert size.keep_rate * 12_000_000 == pytest.approx(100 * 16_384 / TIME.seconds(16_384))
+
+
+@given(
+    remaining=st.integers(1, 10**8),
+    seconds_left=st.floats(-10, 1e5) | st.just(float("inf")),
+    noise_scale=st.floats(1e-3, 1e9),
+    fixed=st.floats(0, 1),
+    row=st.floats(1e-9, 1e-2),
+    how=st.sampled_from(["deadline", "goodput"]),
+)
+def test_every_plan_is_allowed_and_fits(
+    remaining: int, seconds_left: float, noise_scale: float, fixed: float, row: float, how: str
+) -> None:
+    time = StepTime(fixed_seconds=fixed, row_seconds=row)
+    size = _size(how, remaining=remaining, seconds_left=seconds_left, noise_scale=noise_scale, step_time=time)
+    assert 64 <= size.batch_size <= 16_384
+    assert size.batch_size % 64 == 0
+    assert 0 < size.keep_rate <= 1
+    if size.keep_rate > 1e-4:
+        steps = size.keep_rate * remaining / size.batch_size
+        assert steps * time.seconds(size.batch_size) <= seconds_left * (1 + 1e-6)
+
+
+def _decisions(policy: BatchPolicy, rows: int, seconds: float, slower: float = 1.0) -> list[Decision]:
+    """A pass on a simulated clock, in which each step takes what `TIME` says, times `slower`."""
+    position, left, found = 0, seconds, []
+    while position < rows:
+        decision = policy.decide(step=len(found), position=position, remaining=rows - position, seconds_left=left)
+        if decision is None or left <= 0:
+            break
+        found.append(decision)
+        took = TIME.seconds(decision.batch_size) * slower
+        position += max(round(decision.batch_size / decision.keep_rate), 1)
+        left -= took
+        policy.observe(steps=1, rows=decision.batch_size, seconds=took)
+    return found
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_starts_with_an_allowed_batch_and_says_why(name: str) -> None:
+    training = TrainingConfig(batch_policy=name, batch_size=256, micro_batch_size=256, max_batch_size=4096)  # type: ignore[arg-type]
+    for decision in _decisions(batch_policy(training), 200_000, 30.0):
+        assert 128 <= decision.batch_size <= 4096
+        assert decision.batch_size % 256 == 0 or decision.batch_size == 128
+        assert decision.reason
+        assert decision.learning_rate == training.dense_learning_rate
+
+
+def test_a_ramp_grows_to_the_largest_batch() -> None:
+    training = TrainingConfig(batch_policy="linear_ramp", batch_size=256, micro_batch_size=256, max_batch_size=4096)
+    sizes = [decision.batch_size for decision in _decisions(batch_policy(training), 500_000, 1e9)]
+    assert sizes[0] == 256
+    assert sizes[-1] >= 3840
+    assert all(after >= before for before, after in pairwise(sizes))
+
+
+@pytest.mark.parametrize("name", ["deadline", "goodput"])
+def test_overload_ends_in_time_with_what_could_be_afforded(name: str) -> None:
+    training = TrainingConfig(batch_policy=name, micro_batch_size=256, max_batch_size=4096)  # type: ignore[arg-type]
+    decisions = _decisions(batch_policy(training, noise_scale=lambda: 3000.0), 3_000_000, 20.0)
+    assert min(decision.keep_rate for decision in decisions) < 0.6
+    spent = sum(TIME.seconds(decision.batch_size) for decision in decisions)
+    assert 0.95 * 20 < spent < 20.1
+
+
+def test_a_slow_machine_is_met_with_larger_batches() -> None:
+    training = TrainingConfig(batch_policy="deadline", micro_batch_size=64, min_batch_size=64, max_batch_size=4096)
+    quick, slow = (
+        [d.batch_size for d in _decisions(batch_policy(training, noise_scale=lambda: 1.0), 100_000, 5.0, slower)][50]
+        for slower in (1.0, 2.0)
+    )
+    assert slow > 2 * quick
+
+
+def test_a_jump_in_the_batch_warms_the_rate_up() -> None:
+    training = TrainingConfig(
+        batch_policy="deadline",
+        micro_batch_size=256,
+        min_batch_size=256,
+        max_batch_size=8192,
+        learning_rate_scaling="linear",
+        rewarm_steps=4,
+    )
+    fit = StepTimeFit(prior=TIME)
+    policy = batch_policy(training, fit=fit, noise_scale=lambda: 1.0)
+    first = policy.decide(step=0, position=0, remaining=1_000_000, seconds_left=1e9)
+    policy.observe(steps=1, rows=256, seconds=TIME.seconds(256))
+    later = [policy.decide(step=n, position=10_000, remaining=990_000, seconds_left=18.0) for n in range(1, 7)]
+    assert first is not None
+    rates = [decision.learning_rate for decision in later if decision]
+    end = training.dense_learning_rate * later[0].batch_size / 256  # type: ignore[union-attr]
+    assert rates[-1] == pytest.approx(end)
+    assert all(first.learning_rate < before < after for before, after in pairwise(rates[:4]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.batch_policy=deadline", "training.min_batch_size=512", "training.max_batch_size=256"], "at least 512"),
+        (["training.batch_policy=linear_ramp", "training.learning_rate_decay=cosine"], "learning_rate_decay"),
+        (["training.batch_policy=linear_ramp", "training.learning_rate_scaling=linear"], "learning_rate_scaling"),
+        (["training.batch_policy=linear_ramp", "training.max_batch_size=64"], "batch_size = 128"),
+        (["training.reference_batch_size=4096", "window.max_rows=1000"], "window.max_rows of at least 4096"),
+        (["training.compile_dense_network=true"], "use batch_size = 512"),
+    ],
+)
+def test_contradictions_name_both_settings_and_what_works(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(overrides=overrides)
+
+
+def test_a_budget_too_small_for_a_batch_beside_the_reserve_is_refused() -> None:
+    config = load_config(overrides=["training.batch_policy=deadline", "training.min_batch_size=4096", "budget.seconds=2"])
+    deadline = Deadline(started=0, budget_seconds=2.0, reserve_seconds=1.0)
+    slow = StepTime(fixed_seconds=0.5, row_seconds=0.001)
+    with pytest.raises(ConfigError, match=r"training.min_batch_size = 4096.*budget.seconds of at least 5.6"):
+        refuse_too_small(config, deadline, slow)
+    refuse_too_small(config, deadline, TIME)
+    refuse_too_small(config, deadline, None)
+
+
+def test_the_step_time_of_the_latest_update_that_fitted_one_is_found() -> None:
+    history = [{"fixed_seconds": 0.1, "row_seconds": 0.2}, {"fixed_seconds": None, "row_seconds": None}, {}]
+    assert earlier_step_time(history) == StepTime(fixed_seconds=0.1, row_seconds=0.2)
+    assert earlier_step_time([]) is None

@@ -1,0 +1,66 @@
+"""The noise scale against a toy problem whose gradients have a known mean and covariance."""
+
+import numpy as np
+import pytest
+
+from pipeline.training.noise_scale import NoiseScale, spread_at_fixed_weights, spread_of
+
+TRUE_MEAN_P = np.linspace(0.1, 1.0, 20)
+DEVIATION_P = np.linspace(4.0, 2.0, 20)
+SIGNAL, NOISE = float(TRUE_MEAN_P @ TRUE_MEAN_P), float(DEVIATION_P @ DEVIATION_P)
+
+
+def _gradients(rng: np.random.Generator, rows: int) -> np.ndarray:
+    """The mean gradient of `rows` rows."""
+    return TRUE_MEAN_P + DEVIATION_P * rng.normal(size=20) / np.sqrt(rows)
+
+
+def _spread(rng: np.random.Generator, rows_K: list[int]):  # type: ignore[no-untyped-def]
+    own_KP = [_gradients(rng, rows) for rows in rows_K]
+    mean_P = np.average(own_KP, axis=0, weights=rows_K)
+    return spread_of([float(g @ g) for g in own_KP], rows_K, float(mean_P @ mean_P))
+
+
+@pytest.mark.parametrize("sizes", [[[64] * 2], [[64] * 8], [[64] * 4, [64] * 16, [64] * 2, [64, 64, 17]]])
+def test_the_noise_scale_is_within_5_percent_also_across_batch_changes(sizes: list[list[int]]) -> None:
+    rng, scale = np.random.default_rng(1), NoiseScale(decay=0.9999)
+    for number in range(6000):
+        scale.add(_spread(rng, sizes[number // 50 % len(sizes)]))
+    assert scale.averages.noise == pytest.approx(NOISE, rel=0.05)
+    assert scale.averages.signal == pytest.approx(SIGNAL, rel=0.05)
+    assert scale.last == pytest.approx(NOISE / SIGNAL, rel=0.05)
+
+
+def test_equal_micro_batches_give_the_formula_of_the_paper() -> None:
+    spread = spread_of([3.0, 5.0, 4.0, 8.0], [32] * 4, 2.5)
+    assert spread is not None
+    assert spread.noise == pytest.approx(32 * 4 / 3 * (5.0 - 2.5))
+    assert spread.signal == pytest.approx(2.5 - spread.noise / 128)
+
+
+def test_the_estimate_at_fixed_weights_is_unbiased() -> None:
+    rng = np.random.default_rng(2)
+    spreads = [spread_at_fixed_weights(np.stack([_gradients(rng, 256) for _ in range(4)]), 256) for _ in range(4000)]
+    assert np.mean([spread.noise for spread in spreads]) == pytest.approx(NOISE, rel=0.02)
+    assert np.mean([spread.signal for spread in spreads]) == pytest.approx(SIGNAL, rel=0.02)
+
+
+def test_one_micro_batch_or_no_signal_keeps_the_last_scale() -> None:
+    scale = NoiseScale(decay=0.0)
+    scale.add(spread_of([2.0, 2.0], [10, 10], 1.5))
+    kept = scale.last
+    scale.add(spread_of([2.0], [10], 2.0))
+    assert (scale.last, scale.measurements, scale.kept_last) == (kept, 1, 0)
+    scale.add(spread_of([2.0, 2.0], [10, 10], 0.5))
+    assert (scale.last, scale.kept_last) == (kept, 1)
+
+
+def test_a_restored_scale_goes_on_bit_for_bit() -> None:
+    rng, scale, restored = np.random.default_rng(3), NoiseScale(), NoiseScale()
+    for _ in range(5):
+        scale.add(_spread(rng, [64] * 3))
+    restored.load(scale.state())
+    one_more = _spread(rng, [64] * 3)
+    scale.add(one_more)
+    restored.add(one_more)
+    assert restored.state() == scale.state()

@@ -1,0 +1,56 @@
+"""The line of step time: found from noisy steps, not moved by a stall, and slow again when the machine stays slow."""
+
+import numpy as np
+import pytest
+
+from pipeline.training.step_time import StepTime, StepTimeFit
+
+TRUE = StepTime(fixed_seconds=0.002, row_seconds=1e-5)
+
+
+def _fed(seconds: float, *, stall: tuple[float, float] = (0, 0), prior: StepTime | None = None) -> StepTimeFit:
+    """Steps of 512 and 2048 rows in turn, 5 % noise, four times as slow inside the stall."""
+    rng, fit, now, number = np.random.default_rng(0), StepTimeFit(prior=prior), 0.0, 0
+    while now < seconds:
+        rows = 512 if number % 2 else 2048
+        took = TRUE.seconds(rows) * rng.uniform(1.0, 1.1) * (4 if stall[0] <= now < stall[1] else 1)
+        fit.add(steps=1, rows=rows, seconds=took)
+        now, number = now + took, number + 1
+    return fit
+
+
+@pytest.mark.parametrize("stall", [(0, 0), (2.0, 3.0), (5.0, 6.0)])
+def test_a_stall_of_a_second_does_not_move_the_line(stall: tuple[float, float]) -> None:
+    line = _fed(6.0, stall=stall).line
+    assert line.fixed_seconds == pytest.approx(TRUE.fixed_seconds, rel=0.15)
+    assert line.row_seconds == pytest.approx(TRUE.row_seconds, rel=0.15)
+
+
+def test_the_pace_says_how_much_time_stalls_take() -> None:
+    assert _fed(30.0).pace == pytest.approx(1.04, abs=0.05)
+    assert _fed(12.0, stall=(8.0, 12.0)).pace > 1.1
+
+
+def test_a_machine_that_stays_slow_gets_a_new_line() -> None:
+    line = _fed(40.0, stall=(5.0, 60.0)).line
+    assert line.seconds(512) == pytest.approx(4 * TRUE.seconds(512), rel=0.15)
+    assert line.seconds(2048) == pytest.approx(4 * TRUE.seconds(2048), rel=0.15)
+
+
+def test_one_size_keeps_the_ratio_of_an_earlier_update_and_finds_the_scale_anew() -> None:
+    fit = StepTimeFit(prior=TRUE)
+    for _ in range(10):
+        fit.add(steps=2, rows=1024, seconds=2 * 2 * TRUE.seconds(512))
+    assert fit.line.fixed_seconds == pytest.approx(2 * TRUE.fixed_seconds)
+    assert fit.line.row_seconds == pytest.approx(2 * TRUE.row_seconds)
+
+
+def test_a_single_size_without_an_earlier_update_is_not_known() -> None:
+    fit = StepTimeFit()
+    for _ in range(3):
+        fit.add(steps=1, rows=100, seconds=1.0)
+    assert not fit.known
+    for _ in range(2):
+        fit.add(steps=1, rows=200, seconds=1.5)
+    assert fit.known
+    assert fit.line.seconds(300) == pytest.approx(2.0)
