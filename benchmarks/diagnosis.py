@@ -14,7 +14,9 @@ The thresholds in `pipeline/evaluation/diagnosis.py` were set on seeds 0 to 5, w
 """
 
 import argparse
+import copy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -41,6 +43,7 @@ from pipeline.model_state import architecture
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.learner import Learner
+from pipeline.training.probes import Probed
 
 Fault = Literal["healthy", "rate", "batch", "drift"]
 EXPECTED: dict[Fault, Verdict] = {
@@ -121,62 +124,85 @@ def main() -> None:
     table = Table(title=f"verdicts on {options.seeds} seeds from {options.first_seed}")
     for name in ("stream", "right", *verdicts):
         table.add_column(name, justify="left" if name == "stream" else "right")
-    for fault, expected in EXPECTED.items():
-        given: Counter[str] = Counter()
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
-            found = diagnosed(fault, seed)
-            given[found.verdict or "not judged"] += 1
-            if found.verdict != expected:
+    given: dict[Fault, Counter[str]] = {fault: Counter() for fault in EXPECTED}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for fault, found in diagnosed(seed).items():
+            given[fault][found.verdict or "not judged"] += 1
+            if found.verdict != EXPECTED[fault]:
                 print(f"{fault} {seed}: {found}", flush=True)
-        right = f"{given[expected]} of {options.seeds}"
-        table.add_row(fault, right, *(str(given[verdict] or "") for verdict in verdicts))
+    for fault, expected in EXPECTED.items():
+        right = f"{given[fault][expected]} of {options.seeds}"
+        table.add_row(fault, right, *(str(given[fault][verdict] or "") for verdict in verdicts))
     Console(width=120).print(table)
 
 
-def diagnosed(fault: Fault, seed: int, *, days: int = DAYS) -> Diagnosis:
-    """What is said of the first hour after `days` days."""
-    stream, healthy = FaultyStream(seed), TrainingConfig(batch_size=256, micro_batch_size=256, precision="fp32", seed=seed)
-    learner, memory, moments = _new_learner(healthy, seed), Memory(SPEC), None
-    history: list[dict[str, Any]] = []
-    last = 24 * days
-    for hour in range(last + 1):
+def diagnosed(seed: int, faults: Sequence[Fault] = tuple(EXPECTED)) -> dict[Fault, Diagnosis]:
+    """What is said of the first hour of the fourth day, for each fault; all share the healthy days before it."""
+    last = 24 * DAYS
+    run = Run(FaultyStream(seed), TrainingConfig(batch_size=256, micro_batch_size=256, precision="fp32", seed=seed))
+    found: dict[Fault, Diagnosis] = {}
+    for hour in range(last):
         if hour == last - HOURS_OF_FAULT:
-            learner.config = _faulty(learner, healthy, fault)
-        window = encode(stream.hour(hour, shifted=hour == last and fault == "drift"), SPEC, memory, moments, hour=hour)
-        scored = probabilities(learner.model, learner.dense_weights(averaged=hour > 0), window, device=torch.device("cpu"))
-        before = measure(window.labels_R, scored, window.user_R)
-        training = learner.config
-        policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
-        learned = learn(learner, window, seed=[seed, hour], policy=policy, probe_rows=PROBE_ROWS if hour == last else 0)
-        if hour == last:
-            assert learned.probed is not None
-            probed = learned.probed
-            return judge_steadiness(
-                probed.steps,
-                probed.log_losses,
-                probed.gradient_norms,
-                hour=hour,
-                before=before,
-                probabilities=None,
-                history=history,
-            )[1]
+            faulty = {fault: run.copy(fault) for fault in faults if fault in ("rate", "batch")}
+        run.learn(hour)
+    for fault, other in faulty.items():
+        for hour in range(last - HOURS_OF_FAULT, last):
+            other.learn(hour)
+        found[fault] = other.learn(last)
+    if "drift" in faults:
+        found["drift"] = run.copy("drift").learn(last, shifted=True)
+    if "healthy" in faults:
+        found["healthy"] = run.learn(last)
+    return found
+
+
+class Run:
+    """A model on its way through the hours of a stream."""
+
+    def __init__(self, stream: FaultyStream, config: TrainingConfig) -> None:
+        self.stream = stream
+        self.learner = _new_learner(config, stream.seed)
+        self.moments: RunningMoments | None = None
+        self.history: list[dict[str, Any]] = []
+
+    def learn(self, hour: int, *, shifted: bool = False) -> Diagnosis:
+        """Predicts an hour, learns it, and says what was seen. Only hours that are compared with are predicted."""
+        learner, config = self.learner, self.learner.config
+        window = encode(self.stream.hour(hour, shifted=shifted), SPEC, Memory(SPEC), self.moments, hour=hour)
+        before = None
+        if hour and hour % 24 == 0:
+            scored = probabilities(learner.model, learner.dense_weights(averaged=True), window, device=torch.device("cpu"))
+            before = measure(window.labels_R, scored, window.user_R)
+        policy = FixedBatch(batch_size=config.batch_size, learning_rate=config.dense_learning_rate)
+        probe_rows = PROBE_ROWS if hour == 24 * DAYS else 0
+        learned = learn(learner, window, seed=[self.stream.seed, hour], policy=policy, probe_rows=probe_rows)
+        probed = learned.probed or Probed(steps=(), log_losses=(), gradient_norms=())
+        seen = (probed.steps, probed.log_losses, probed.gradient_norms)
+        _, found = judge_steadiness(*seen, hour=hour, before=before, probabilities=None, history=self.history)
         start = datetime.fromtimestamp(3600 * hour, UTC).isoformat()
-        if hour:
-            history.append({"window_start": start, "before": asdict(before)})
-        moments = (moments or RunningMoments.nothing_seen(num_normalised(SPEC))).after(window.raw_dense_NR)
-    raise AssertionError
+        self.history.append({"window_start": start, "before": asdict(before) if before else None})
+        self.moments = (self.moments or RunningMoments.nothing_seen(num_normalised(SPEC))).after(window.raw_dense_NR)
+        return found
 
-
-def _faulty(learner: Learner, healthy: TrainingConfig, fault: Fault) -> TrainingConfig:
-    match fault:
-        case "rate":
-            sparse, wide = 30 * healthy.sparse_learning_rate, 30 * healthy.wide_learning_rate
+    def copy(self, fault: Fault) -> "Run":
+        """The same run, which goes on with a fault."""
+        own, config = self.learner, self.learner.config
+        other = Run(self.stream, config)
+        other.moments, other.history, learner = self.moments, list(self.history), other.learner
+        learner.model.tables.load_slices({piece.name: [piece] for piece in own.model.tables.slices()})
+        learner.model.net.load_state_dict(own.model.net.state_dict())
+        learner.optimizer.load_state_dict(copy.deepcopy(own.optimizer.state_dict()))
+        assert own.weight_average is not None
+        assert learner.weight_average is not None
+        learner.weight_average.load(own.weight_average.sums, own.weight_average.steps)
+        learner.steps = own.steps
+        if fault == "rate":
+            sparse, wide = 30 * config.sparse_learning_rate, 30 * config.wide_learning_rate
             learner.model.tables.set_learning_rates(sparse=sparse, wide=wide)
-            return healthy.model_copy(update={"dense_learning_rate": 30 * healthy.dense_learning_rate})
-        case "batch":
-            return healthy.model_copy(update={"batch_size": 8})
-        case _:
-            return healthy
+            learner.config = config.model_copy(update={"dense_learning_rate": 30 * config.dense_learning_rate})
+        if fault == "batch":
+            learner.config = config.model_copy(update={"batch_size": 8})
+        return other
 
 
 def _new_learner(config: TrainingConfig, seed: int) -> Learner:
