@@ -183,7 +183,7 @@ def _show(settings: UpdateConfig, comparison: Comparison) -> None:
     page = as_markdown(comparison)
     images = "\n\n".join(f"![{name}]({address})" for name, address in embed(comparison_plots(comparison)).items())
     create_markdown_artifact(f"{page}\n\n{images}", key="comparison", description=in_words(comparison))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(as_terminal_table(comparison))
     tell(in_words(comparison))
     if settings.tracking.enabled:
