@@ -3,7 +3,8 @@
 Enters: `StrategyRun`s as they end, then the `Comparison`. Leaves: runs with the same metric keys, so that the charts and the
 compare page of the MLflow UI lay the strategies over each other as they are. `strategy` and `seed` are params. Steps of
 `auc`, `log_loss` and the other hourly figures are hours since 1970; steps of what is under `by_rows/` are rows learned, at the
-seconds of learning, so that the UI's relative time is learning time. `mean/` holds one figure a run.
+seconds of learning, so that the UI's relative time is learning time. `mean/` holds one figure a run, at
+step 0.
 """
 
 from collections.abc import Iterator
@@ -108,4 +109,5 @@ def _by_rows(run: StrategyRun, started_ms: int) -> Iterator[MetricPoint]:
 def _means(run: StrategyRun, first_judged: int, ended_ms: int) -> Iterator[MetricPoint]:
     figures = figures_of(run, first_judged)
     for name, value in asdict(figures).items() if figures else ():
-        yield MetricPoint(key=f"mean/{name}", value=value, step=run.windows[-1].start, timestamp_ms=ended_ms)
+        # One figure a run has no axis: with step 0 the MLflow UI draws it as a bar for each strategy.
+        yield MetricPoint(key=f"mean/{name}", value=value, step=0, timestamp_ms=ended_ms)
