@@ -12,9 +12,11 @@ DEFAULTS = {
     "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""No telemetry (MLflow wants the word `true`), no pickle, and no threads that spin while they wait on a busy machine."""
+"""No telemetry (MLflow wants the word `true`), no pickle, and on a busy machine patience with Prefect's server, which is given up
+on after 20 s otherwise, and no threads that spin while they wait."""
 
 BY_HAND = {
     "PREFECT_LOGGING_LEVEL": "WARNING",

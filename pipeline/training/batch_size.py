@@ -169,20 +169,23 @@ def best_size(
     step_time: StepTime,
     noise_scale: float,
     smallest: int,
+    reference: int,
     largest: int,
     micro_batch: int,
 ) -> Size:
     """The size and the share of rows that suit the time that is left.
 
     `b_deadline = R*f / (T - R*d)` is the smallest batch that still sees all rows. Up to `b*` there is time enough: the smallest
-    that still gains is taken. Beyond it time is short: `goodput` takes `b*` and leaves rows out, `deadline` takes `b_deadline`
-    and leaves rows out only where the largest batch is not enough.
+    that still gains is taken, which is never above the reference batch unless the rows need it: a larger one would save time that
+    nobody asks for, at a rate that nobody tuned. Beyond `b*` time is short: `goodput` takes `b*` and leaves rows out, `deadline`
+    takes `b_deadline` and leaves rows out only where the largest batch is not enough.
 
     Args:
         remaining: R, at least 1.
         seconds_left: T; infinite without a deadline.
         noise_scale: N, above 0.
         smallest: batch.
+        reference: batch, for which the rates were set.
         largest: batch.
         micro_batch: sizes are whole ones, or halves, quarters ... of one.
     """
@@ -195,7 +198,7 @@ def best_size(
     needed = remaining * f / spare if spare > 0 else math.inf
     best = max(math.sqrt(noise_scale * f / d), smallest)
     if needed <= min(best, largest):
-        size = allowed(max(needed, noise_scale / FLOOR_SHARE, smallest))
+        size = allowed(max(needed, min(noise_scale / FLOOR_SHARE, reference), smallest))
         return Size(batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains")
     if how == "goodput":
         size = allowed(best)
@@ -263,6 +266,7 @@ class PlannedSize:
             step_time=step_time,
             noise_scale=FLOOR_SHARE * self.reference if measured is None else measured,
             smallest=self.smallest,
+            reference=self.reference,
             largest=self.largest,
             micro_batch=self.micro_batch,
         )

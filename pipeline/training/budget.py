@@ -3,6 +3,7 @@
 Enters: the budget and what earlier updates needed after learning. Leaves: how long learning may go on.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ FIRST_RESERVE_SHARE = 0.2
 """Share of the budget kept back while no update has been measured."""
 RESERVE_MARGIN = 1.5
 """Times the longest tail seen."""
+SLOWEST_TAIL = 5.0
+"""Times the usual tail: a machine that has not stalled yet may stall the next time."""
 GREATEST_RESERVE_SHARE = 0.5
 """Share of the budget that is kept back at most, so that one slow tail cannot stop learning."""
 
@@ -45,8 +48,10 @@ class Deadline:
 def reserve_seconds(tails: Sequence[float], *, budget_seconds: float, min_reserve_seconds: float) -> float:
     """Time to keep back after learning, from what the last updates needed there.
 
-    >>> reserve_seconds([2.0, 4.0], budget_seconds=600, min_reserve_seconds=1)
-    6.0
+    >>> reserve_seconds([2.0, 2.0, 8.0], budget_seconds=600, min_reserve_seconds=1)
+    12.0
+    >>> reserve_seconds([2.0, 2.0, 2.0], budget_seconds=600, min_reserve_seconds=1)
+    10.0
 
     Args:
         tails: seconds from the end of learning to the published model, of earlier updates; the last 20 count.
@@ -61,8 +66,9 @@ def reserve_seconds(tails: Sequence[float], *, budget_seconds: float, min_reserv
         )
     if not tails:
         return max(min_reserve_seconds, FIRST_RESERVE_SHARE * budget_seconds)
-    longest = min(RESERVE_MARGIN * max(tails[-20:]), GREATEST_RESERVE_SHARE * budget_seconds)
-    return max(min_reserve_seconds, longest)
+    last = tails[-20:]
+    wanted = max(RESERVE_MARGIN * max(last), SLOWEST_TAIL * statistics.median(last))
+    return max(min_reserve_seconds, min(wanted, GREATEST_RESERVE_SHARE * budget_seconds))
 
 
 def earlier_step_time(history: Sequence[Mapping[str, Any]]) -> StepTime | None:

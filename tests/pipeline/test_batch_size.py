@@ -19,7 +19,7 @@ POLICIES = ("fixed", "linear_ramp", "deadline", "goodput")
 
 def _size(how: Any = "goodput", **changed: Any) -> Size:
     given = {"remaining": 1_000_000, "seconds_left": 100.0, "step_time": TIME, "noise_scale": 3000.0}
-    bounds = {"smallest": 64, "largest": 16_384, "micro_batch": 64}
+    bounds = {"smallest": 64, "reference": 512, "largest": 16_384, "micro_batch": 64}
     return best_size(how, **{**given, **bounds, **changed})
 
 
@@ -27,6 +27,12 @@ def test_time_enough_takes_the_smallest_batch_that_still_gains() -> None:
     assert _size(seconds_left=100.0) == _size("deadline", seconds_left=100.0)
     assert _size(seconds_left=100.0).batch_size == whole(3000 / 9, 64)
     assert _size(seconds_left=1e9, noise_scale=90.0).batch_size == 64
+
+
+def test_with_time_enough_no_noise_scale_asks_for_more_than_the_reference() -> None:
+    assert _size(seconds_left=1e9, noise_scale=1e6).batch_size == 512
+    needed = whole(1_000_000 * 0.002 / (20 - 1_000_000 / 60_000), 64)
+    assert _size(seconds_left=20.0, noise_scale=1e6).batch_size == needed > 512
 
 
 def test_overload_is_answered_as_the_design_has_it() -> None:
