@@ -1,12 +1,14 @@
 """What replay saves of an old distribution, and what it costs the current one.
 
-    python benchmarks/replay.py [--old-hours 12] [--between-hours 48] [--rows 8000] [--shares 0.05 0.1 0.2] [--seeds 3]
+    python benchmarks/replay.py [--old-hours 12] [--between-hours 48] [--rows 4000] [--shares 0.1 0.2] [--seeds 3]
 
 A synthetic stream shows one market for 12 hours, another one for 48, and then the first again. `--change`:
 
-- `audience`: the law of clicks is the same, items and users are others. An item belongs to the market of its author, a user to
-  that of a coin; nine rows of ten are of the users and items of the market that is on, a row of ten of the others.
-- `law`: the same users, items and contexts, but what they click is drawn from another stream's law; the two agree in nothing.
+- `market`: other users, other authors with their items, and another law of clicks; countries, devices, categories and tags are
+  shared, and mean something else.
+- `audience`: the law of clicks is the same, users and authors are others; a row of ten is of any.
+- `law`: the same users, items and contexts, but what they click is drawn from another stream's law; the two agree in nothing,
+  and nothing in a row tells which of them is on.
 
 Every hour is predicted, then learned. A fifth of each old hour is never learned: *forgetting* is the rise of its log loss over
 the 48 hours, from the end of the first hours to when they return. *Current* is the log loss of the 48 hours, each before it is
@@ -16,7 +18,7 @@ learned. Models differ in `sampling.replay_share` alone.
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -29,23 +31,25 @@ from data_schemas.examples import I64, U64, Examples, concatenate
 from data_schemas.hashing import mix64
 from pipeline.config import SamplingConfig
 
-Change = Literal["audience", "law"]
+Change = Literal["market", "audience", "law"]
 
 HELD_OUT = 5
 """One row of so many of the old hours is judged and never learned."""
 GUESTS = 0.1
-"""Share of the rows of a market's hours that are not its own."""
+"""With `audience`: share of the rows that are not of the market's own users and authors."""
+OTHER_LAW = 1000
+"""Added to the seed of the stream."""
 BASE_CTR = 0.15
 LEAST_FALL, MOST_RISE = 0.30, 0.001
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--change", choices=("audience", "law"), default="audience")
+    parser.add_argument("--change", choices=get_args(Change), default="market")
     parser.add_argument("--old-hours", type=int, default=12)
     parser.add_argument("--between-hours", type=int, default=48)
-    parser.add_argument("--rows", type=int, default=8_000, help="an hour")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="sampling.replay_share")
+    parser.add_argument("--rows", type=int, default=4_000, help="an hour")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2], help="sampling.replay_share")
     parser.add_argument("--capacity", type=int, default=100_000, help="sampling.replay_capacity")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -74,25 +78,30 @@ class _Result:
 
 def _stream(change: Change, old_hours: int, between_hours: int, rows: int, seed: int) -> tuple[list[Examples], list[Examples]]:
     """The old hours and those between."""
-    hours = old_hours + between_hours
-    if change == "law":
-        first, second = (_hours(hours, rows, seed + other) for other in (0, 1000))
-        return [next(first) for _ in range(old_hours)], list(second)[old_hours:]
-    rng = np.random.default_rng([seed, 1])
-    every = enumerate(_hours(hours, 4 * rows, seed))
-    shown = [_of_market(examples, int(number >= old_hours), rows, rng) for number, examples in every]
-    return shown[:old_hours], shown[old_hours:]
+    hours, rng = old_hours + between_hours, np.random.default_rng([seed, 1])
+    match change:
+        case "law":
+            first, second = (_hours(hours, rows, seed + other) for other in (0, OTHER_LAW))
+            return [next(first) for _ in range(old_hours)], list(second)[old_hours:]
+        case "market":
+            first, second = (_hours(hours, 5 * rows, seed + other) for other in (0, OTHER_LAW))
+            old = [_of_market(next(first), 0, rows, 0.0, rng) for _ in range(old_hours)]
+            return old, [_of_market(examples, 1, rows, 0.0, rng) for examples in list(second)[old_hours:]]
+        case "audience":
+            every = enumerate(_hours(hours, 4 * rows, seed))
+            shown = [_of_market(examples, int(number >= old_hours), rows, GUESTS, rng) for number, examples in every]
+            return shown[:old_hours], shown[old_hours:]
 
 
 def _hours(hours: int, rows: int, seed: int) -> Iterator[Examples]:
     return examples_of(synthetic_spec(), ctr=BASE_CTR, hours=hours, rows=rows, seed=seed)
 
 
-def _of_market(examples: Examples, market: int, rows: int, rng: np.random.Generator) -> Examples:
+def _of_market(examples: Examples, market: int, rows: int, guest_share: float, rng: np.random.Generator) -> Examples:
     """`rows` of an hour, in order of time: most of both a user and an author of the market, the others of any."""
     own_R = (_coin(examples.user_R) == market) & (_coin(examples.single_ids["author_id"]) == market)
     own, others = np.flatnonzero(own_R), np.flatnonzero(~own_R)
-    guests = round(GUESTS * rows)
+    guests = round(guest_share * rows)
     hosts = min(rows - guests, len(own))
     return examples.take(np.sort(np.concatenate([rng.permutation(own)[:hosts], rng.permutation(others)[:guests]])))
 
