@@ -6,8 +6,8 @@ Out: one table for each batch size: variance over steps of the log loss of 20,00
      optimizer without averages.
 
 The variance is that around the straight trend of a window, of windows with three points or more. Two optimizers are here
-because Adam smooths gradients itself: an average of gradients needs Adagrad, whose rate was the best of .01, .03 and .1 at batch
-256 on seed 100.
+because Adam smooths gradients itself: an average of gradients needs Adagrad, whose rate was the best of .01, .03 and .1 at
+batch 256 on seed 100.
 
     python benchmarks/smoothing.py [--batches 256 4096] [--seeds 5]
 """
