@@ -10,6 +10,7 @@ because Adam smooths gradients itself: an average of gradients needs Adagrad, wh
 batch 256 on seed 100.
 
     python benchmarks/smoothing.py [--batches 256 4096] [--seeds 5]
+    python benchmarks/smoothing.py --batches 4096 --weight-ema 0.5
 """
 
 import argparse
@@ -58,7 +59,9 @@ def main() -> None:
     cli.add_argument("--batches", type=int, nargs="+", default=[256, 4096])
     cli.add_argument("--seeds", type=int, default=5)
     cli.add_argument("--first-seed", type=int, default=0)
+    cli.add_argument("--weight-ema", type=float, help="averages of weights alone, of this decay, under Adam")
     options = cli.parse_args()
+    variants = VARIANTS if options.weight_ema is None else {"Adam": _of_weights(options.weight_ema)}
     with synthetic_stream(options.hours, options.rows_per_hour) as (config, spec, stream):
         if stream[-1].num_rows < PROBING.rows:
             raise SystemExit(f"the last hour has {stream[-1].num_rows:,} rows, and the probe needs {PROBING.rows:,}")
@@ -66,22 +69,28 @@ def main() -> None:
         print(f"{rows:,} rows in {len(stream)} hours; {options.seeds} seeds from {options.first_seed}", flush=True)
         for batch in options.batches:
             seeds = range(options.first_seed, options.first_seed + options.seeds)
-            _show(batch, {name: _runs(overridden(config, [_size(batch)]), spec, stream, name, seeds) for name in VARIANTS})
+            own = overridden(config, [f"training.batch_size={batch}"])
+            _show(batch, {name: _runs(own, spec, stream, averages, seeds) for name, averages in variants.items()})
 
 
-def _size(batch: int) -> str:
-    return f"training.batch_size={batch}"
+def _of_weights(decay: float) -> dict[str, str]:
+    dense = f"{ADAM} training.weight_ema={decay}"
+    return {
+        "no average": ADAM,
+        f"weight EMA {decay}": dense,
+        f"weight EMA {decay}, of rows too": f"{dense} training.sparse_weight_ema={decay}",
+    }
 
 
 def _runs(
-    config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedWindow], optimizer: str, seeds: Sequence[int]
+    config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedWindow], averages: Mapping[str, str], seeds: Sequence[int]
 ) -> dict[str, list[dict[str, float]]]:
     """By average: the figures of each seed."""
     return {
         average: [
             _figures(run_strategy(average, own, spec, stream, seed=seed, probing=PROBING), stream[0].start) for seed in seeds
         ]
-        for average, own in ((name, overridden(config, settings.split())) for name, settings in VARIANTS[optimizer].items())
+        for average, own in ((name, overridden(config, settings.split())) for name, settings in averages.items())
     }
 
 

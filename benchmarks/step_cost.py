@@ -7,8 +7,8 @@ A pass of 16 steps, in which the noise scale is measured once, is timed for each
 meets all alike; shares are of the same round's plain pass. Medians over rounds, with 95 % intervals (bootstrap over rounds).
 CPU seconds of one thread, no deadline.
 
-    python benchmarks/step_cost.py --batch 256 --rounds 200
-    python benchmarks/step_cost.py --batch 4096 --rounds 50
+    python benchmarks/step_cost.py --batch 256 --rounds 100
+    python benchmarks/step_cost.py --batch 4096 --rounds 16
 """
 
 import argparse
