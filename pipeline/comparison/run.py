@@ -3,7 +3,7 @@
 Enters: settings, windows. Leaves: a `StrategyRun`: the figures of every window, and the loss of a fixed set of rows on the way.
 
 The last window is predicted and not learned: nothing comes after it. Some of its rows are the probe: no strategy ever learns
-them, so that their log loss, taken before every window and at eight places in it, moves with the weights alone.
+them, so that their log loss, taken before every window and at some places in it, moves with the weights alone.
 
 What differs from an update: rows over `window.max_rows`, and rows that a pass did not come to in `budget.seconds`, are not
 learned later; counters and histories know of all rows. `budget.seconds` is learning alone: there is nothing to keep a reserve
@@ -26,6 +26,7 @@ from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import LearningDiverged
 from data_schemas.examples import I64
 from models.id_table import SHARED_ROW
+from pipeline.comparison.strategies import refuse_unheeded
 from pipeline.comparison.stream import RecordedWindow
 from pipeline.config import UpdateConfig, overridden
 from pipeline.evaluation.metrics import LEAST_PROBABILITY, Metrics, measure
@@ -40,10 +41,15 @@ from pipeline.training.step_time import StepTimeFit
 
 Bools = npt.NDArray[np.bool_]
 
-PROBE_ROWS = 1_000
-"""Rows of the probe at most."""
-PROBES_A_WINDOW = 8
-"""Places in a window at which the probe's loss is taken, at most: after the step that reaches each eighth of its rows."""
+
+@dataclass(frozen=True, kw_only=True)
+class Probing:
+    """How closely the loss of the fixed rows is followed."""
+
+    rows: int = 1_000
+    """Of the probe, at most."""
+    places: int = 8
+    """In a window, at most: after the step that reaches each eighth of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +102,23 @@ class StrategyRun:
 
 
 def run_strategy(
-    strategy: str, config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedWindow], *, seed: int
+    strategy: str,
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    stream: Sequence[RecordedWindow],
+    *,
+    seed: int,
+    probing: Probing = Probing(),
 ) -> StrategyRun:
     """Learns the stream with a new model of these settings, with one thread.
 
     Raises:
-        ConfigError: settings that contradict each other.
+        ConfigError: settings that contradict each other, or that no run heeds.
     """
     config = overridden(config, [f"training.seed={seed}"])
+    refuse_unheeded(config)
     with one_thread():
-        entrant = _Entrant(config, spec, probe=stream[-1], num_windows=len(stream))
+        entrant = _Entrant(config, spec, probing, probe=stream[-1], num_windows=len(stream))
         diverged = ""
         try:
             for number, window in enumerate(stream):
@@ -131,14 +144,17 @@ def one_thread() -> Iterator[None]:
 class _Entrant:
     """The model of a run, and what is written down about it."""
 
-    def __init__(self, config: UpdateConfig, spec: DatasetSpec, *, probe: RecordedWindow, num_windows: int) -> None:
+    def __init__(
+        self, config: UpdateConfig, spec: DatasetSpec, probing: Probing, *, probe: RecordedWindow, num_windows: int
+    ) -> None:
         with tempfile.TemporaryDirectory() as empty:
             self._state = restore_or_create(overridden(config, [f"state_dir={empty}"]), spec)
         self._config = config
         self._spec = spec
         self._num_windows = num_windows
         self._probe_window = probe
-        self._probe_rows: I64 = np.random.default_rng(0).permutation(probe.num_rows)[:PROBE_ROWS]
+        self._places = probing.places
+        self._probe_rows: I64 = np.random.default_rng(0).permutation(probe.num_rows)[: probing.rows]
         self._clock = _LearningClock(self.learner.device)
         self._fit = StepTimeFit()
         self._rows, self._seconds = 0, 0.0
@@ -187,7 +203,7 @@ class _Entrant:
         seed = (self._config.training.seed, window.end)
         sampled = sample_window(self._config.sampling, window.examples, window.learned, self._spec, seed=seed)
         kept_R = _capped(sampled.kept_R, window.num_rows, self._config.window.max_rows, seed)
-        marks = _Marks(window.num_rows if kept_R is None else int(kept_R.sum()))
+        marks = _Marks(window.num_rows if kept_R is None else int(kept_R.sum()), self._places)
         with clock.paused():
             self._probe(number, passed=0.0, rows=self._rows, seconds=self._seconds)
 
@@ -230,12 +246,13 @@ class _Marks:
     """The places of a window at which something is measured."""
 
     rows: int
+    places: int
     next: int = 1
 
     def reached(self, done: int) -> bool:
         """True once for every place, or for several that are passed at once."""
         before = self.next
-        while self.next <= PROBES_A_WINDOW and done * PROBES_A_WINDOW >= self.next * self.rows:
+        while self.next <= self.places and done * self.places >= self.next * self.rows:
             self.next += 1
         return self.next > before
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import ConfigError
 from pipeline.comparison.run import StrategyRun, run_strategy
-from pipeline.comparison.strategies import Strategy
+from pipeline.comparison.strategies import Strategy, refuse_unheeded
 from pipeline.comparison.stream import RecordedWindow
 from pipeline.config import UpdateConfig, overridden
 
@@ -31,7 +31,7 @@ def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int) ->
     """Every strategy with seeds 0 to `seeds` - 1, seed by seed, so that what slows the machine meets all strategies alike.
 
     Raises:
-        ConfigError: a strategy's settings are wrong or contradict each other; its name is given.
+        ConfigError: a strategy's settings are wrong, contradict each other, or would not be heeded; its name is given.
     """
     configs = {strategy.name: _config_of(config, strategy) for strategy in strategies}
     return [Job(strategy=name, config=own, seed=seed) for seed in range(seeds) for name, own in configs.items()]
@@ -61,9 +61,11 @@ def run_jobs(
 
 def _config_of(config: UpdateConfig, strategy: Strategy) -> UpdateConfig:
     try:
-        return overridden(config, strategy.overrides)
+        own = overridden(config, strategy.overrides)
+        refuse_unheeded(own)
     except ConfigError as error:
         raise ConfigError(f"strategy {strategy.name!r}: {error}") from error
+    return own
 
 
 _held: list[tuple[DatasetSpec, Sequence[RecordedWindow]]] = []

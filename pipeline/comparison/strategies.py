@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_schemas.errors import ConfigError
+from pipeline.config import UpdateConfig
 
 REFERENCE = "fixed 512"
 """What the others are measured against, unless another is named."""
@@ -98,6 +99,20 @@ def with_gradient_ema(strategies: Sequence[Strategy], decay: float | None) -> tu
             Strategy(name=f"{strategy.name}, gradient EMA", overrides=(*strategy.overrides, smoothed)),
         )
     )
+
+
+def refuse_unheeded(config: UpdateConfig) -> None:
+    """A strategy must not seem to have done what its run leaves out.
+
+    Raises:
+        ConfigError: past rows are to be learned again, of which a run keeps none.
+    """
+    share = config.sampling.replay_share
+    if share:
+        raise ConfigError(
+            f"sampling.replay_share = {share} is not heeded by a comparison, which keeps no past rows as an update does, "
+            "so that its figures would be those of another strategy; set sampling.replay_share to 0"
+        )
 
 
 def _strategy(text: str) -> Strategy:

@@ -276,7 +276,19 @@ def _budget(report: UpdateReport) -> str:
     lines = [_line("stage", "seconds", f"share of {report.budget_seconds:g} s"), _line("---", "---:", "---:")]
     for stage, seconds in stages.items():
         lines.append(_line(stage, f"{seconds:.2f}", f"{seconds / report.budget_seconds:.1%}"))
-    return "## Budget\n\n" + "\n".join(lines)
+    return "\n\n".join(part for part in ("## Budget", "\n".join(lines), _step(report)) if part)
+
+
+def _step(report: UpdateReport) -> str:
+    """What was measured of the steps, in words; empty where no setting needs it."""
+    said = []
+    if report.fixed_seconds is not None and report.row_seconds is not None:
+        said.append(
+            f"An undisturbed step takes {1e3 * report.fixed_seconds:.2f} ms and {1e6 * report.row_seconds:.2f} µs a row."
+        )
+    if report.noise_scale is not None:
+        said.append(f"Gradient noise scale of the dense network: {report.noise_scale:,.0f} rows.")
+    return " ".join(said)
 
 
 def _plan(plan: tuple[PlanRecord, ...]) -> str:

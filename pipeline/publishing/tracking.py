@@ -320,12 +320,12 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     if report.before and report.before.auc_interval:
         values["before/auc_low"] = report.before.auc_interval.low
         values["before/auc_high"] = report.before.auc_interval.high
-    for name in ("late_rows", "rows_learned", "rows_pending", "evaluated_rows", "skipped_steps"):
+    for name in ("late_rows", "rows_learned", "rows_pending", "rows_thinned", "evaluated_rows", "skipped_steps"):
         values[f"rows/{name.replace('rows_', '').replace('_rows', '')}"] = float(getattr(report, name))
     values |= {"rows/window": float(report.rows), "batch_size": float(report.batch_size)}
     values |= {f"seconds/{stage}": seconds for stage, seconds in report.seconds.items()}
     values |= {"seconds/total": report.total_seconds, "budget/share": report.total_seconds / report.budget_seconds}
-    values |= stability_values(report)
+    values |= stability_values(report) | _step_values(report)
     for feature, figures in report.ids.items():
         values |= {f"ids/{feature}/{name}": float(value) for name, value in asdict(figures).items()}
     if report.sampling:
@@ -347,6 +347,13 @@ def stability_values(report: UpdateReport) -> dict[str, float]:
     return values
 
 
+def _step_values(report: UpdateReport) -> dict[str, float]:
+    """What was measured of the steps; nothing where no setting needs it."""
+    measured = {"step/fixed_seconds": report.fixed_seconds, "step/row_seconds": report.row_seconds}
+    measured["noise_scale"] = report.noise_scale
+    return {name: value for name, value in measured.items() if value is not None}
+
+
 def _shown(metrics: Metrics | None, when: str) -> dict[str, float]:
     flat = metrics.as_dict() if metrics else {}
     return {f"{when}/{name}": flat[name] for name in SHOWN_METRICS if name in flat}
@@ -359,7 +366,11 @@ def _curves(report: UpdateReport, now_ms: int) -> list[MetricPoint]:
         for p in report.loss_curve
     ]
     for plan in report.plan:
-        for key, value in (("batch_size", float(plan.batch_size)), ("learning_rate", plan.learning_rate)):
+        for key, value in (
+            ("batch_size", float(plan.batch_size)),
+            ("learning_rate", plan.learning_rate),
+            ("keep_rate", plan.keep_rate),
+        ):
             points.append(MetricPoint(key=f"learning/{key}", value=value, step=plan.position, timestamp_ms=start))
     return points
 

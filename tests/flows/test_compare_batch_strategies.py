@@ -76,6 +76,7 @@ def test_steps_are_hours_since_the_epoch_or_rows_seen(folder: Path) -> None:
         (["--strategies", "fixed 3"], "unknown strategy 'fixed 3'; known are"),
         (["--reference", "fixed 512"], "the reference 'fixed 512' is not among the strategies 'small', 'large'"),
         (["--gradient-ema", "0.9"], "strategy 'small, gradient EMA': training: gradient_ema = 0.9 with"),
+        (["--overrides", "sampling.replay_share=0.2"], "strategy 'small': sampling.replay_share = 0.2 is not heeded"),
         (["--workers", "0"], "workers must be at least 1, got 0"),
         (["--hours", "1"], "hours must be at least 2, got 1"),
         (["--dataset", "brunch"], "generate writes the synthetic stream, and dataset is 'brunch'"),

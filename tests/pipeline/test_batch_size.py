@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_schemas.errors import ConfigError
 from pipeline.config import TrainingConfig, load_config
 from pipeline.training.batch_size import BatchPolicy, Decision, Size, batch_policy, best_size, whole
-from pipeline.training.budget import Deadline, earlier_step_time, refuse_too_small
+from pipeline.training.budget import Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.step_time import StepTime, StepTimeFit
 
 TIME = StepTime(fixed_seconds=0.002, row_seconds=1 / 60_000)
@@ -171,6 +171,12 @@ def test_a_budget_too_small_for_a_batch_beside_the_reserve_is_refused() -> None:
         refuse_too_small(config, deadline, slow)
     refuse_too_small(config, deadline, TIME)
     refuse_too_small(config, deadline, None)
+
+
+def test_a_least_reserve_that_leaves_no_time_to_learn_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"budget\.min_reserve_seconds = 30 .*budget\.seconds = 30 .*must be above 30 s"):
+        reserve_seconds([], budget_seconds=30, min_reserve_seconds=30)
+    assert reserve_seconds([], budget_seconds=31, min_reserve_seconds=30) == 30
 
 
 def test_the_step_time_of_the_latest_update_that_fitted_one_is_found() -> None:

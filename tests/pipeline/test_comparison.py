@@ -12,10 +12,10 @@ import pytest
 from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError, LearningDiverged
 from pipeline.comparison import run as running
-from pipeline.comparison.run import ProbePoint, StrategyRun, WindowRun, run_strategy
+from pipeline.comparison.run import ProbePoint, Probing, StrategyRun, WindowRun, run_strategy
 from pipeline.comparison.side_by_side import jobs_of
 from pipeline.comparison.statistics import holm, mean_with_interval, paired_difference
-from pipeline.comparison.strategies import REFERENCE, STRATEGIES, chosen, with_gradient_ema
+from pipeline.comparison.strategies import REFERENCE, STRATEGIES, Strategy, chosen, with_gradient_ema
 from pipeline.comparison.stream import RecordedWindow, recorded_stream
 from pipeline.comparison.summary import Comparison, compare
 from pipeline.config import UpdateConfig, load_config, overridden
@@ -106,6 +106,15 @@ def test_settings_that_contradict_each_other_name_the_strategy(config: UpdateCon
         jobs_of(config, smoothed, 2)
 
 
+def test_past_rows_that_a_run_would_not_learn_again_are_refused(config: UpdateConfig, stream: list[RecordedWindow]) -> None:
+    replaying = Strategy(name="rehearsed", overrides=("sampling.replay_share=0.2",))
+    complaint = r"sampling\.replay_share = 0\.2 is not heeded .* set sampling\.replay_share to 0"
+    with pytest.raises(ConfigError, match=rf"strategy 'rehearsed': {complaint}"):
+        jobs_of(config, [replaying], 2)
+    with pytest.raises(ConfigError, match=complaint):
+        run_strategy("rehearsed", overridden(config, replaying.overrides), SPEC, stream, seed=0)
+
+
 def test_overridden_settings_keep_all_others(config: UpdateConfig) -> None:
     changed = overridden(config, ["training.batch_size=8"])
     assert changed.training.batch_size == 8
@@ -175,10 +184,21 @@ def test_the_probe_is_measured_before_and_along_every_window_that_is_learned(
 ) -> None:
     done = run_strategy("small steps", overridden(config, ["training.batch_size=16"]), SPEC, stream, seed=0)
     by_window = [[point.place for point in done.probe if point.window == number] for number in range(HOURS)]
-    assert [len(places) for places in by_window] == [1 + running.PROBES_A_WINDOW] * (HOURS - 1) + [0]
+    assert [len(places) for places in by_window] == [1 + Probing().places] * (HOURS - 1) + [0]
     assert all(places[0] == number and places[-1] == number + 1 for number, places in enumerate(by_window[:-1]))
     seconds = [point.seconds for point in done.probe]
     assert seconds == sorted(seconds)
+
+
+def test_the_probe_can_be_followed_more_closely(config: UpdateConfig, stream: list[RecordedWindow]) -> None:
+    small_steps = overridden(config, ["training.batch_size=16"])
+    usual, closer = (
+        run_strategy("small steps", small_steps, SPEC, stream[:3], seed=0, probing=probing).probe
+        for probing in (Probing(), Probing(places=2 * Probing().places))
+    )
+    assert len(closer) > len(usual)
+    by_rows = {point.rows: point.log_loss for point in closer}
+    assert {point.rows: point.log_loss for point in usual}.items() <= by_rows.items()
 
 
 def test_a_stream_ends_when_it_is_told_to(config: UpdateConfig, stream: list[RecordedWindow]) -> None:

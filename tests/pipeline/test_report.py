@@ -13,12 +13,22 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from models.id_table import IdFigures
-from pipeline.evaluation.metrics import measure
+from pipeline.evaluation.diagnosis import Diagnosis
+from pipeline.evaluation.metrics import Interval, measure
+from pipeline.evaluation.stability import Change, Stability
 from pipeline.outcome import LossPoint, PlanRecord, UpdateReport
 from pipeline.publishing.report import TABLE_HEADER, append_history, as_markdown, as_row, as_table, read_history, verdict
 
 BEFORE = measure([1, 0, 1, 0, 0, 1], [0.9, 0.2, 0.3, 0.4, 0.1, 0.6], [1, 1, 2, 2, 3, 3])
 FROZEN = measure([1, 0, 1, 0, 0, 1], [0.3, 0.2, 0.3, 0.4, 0.5, 0.6], [1, 1, 2, 2, 3, 3])
+STEADINESS = Stability(
+    probe_points=24,
+    probe_deviation=0.00123,
+    probe_spikes=2,
+    gradient_variation=0.5,
+    auc_change=Change(value=-0.02, interval=Interval(low=-0.03, high=-0.01)),
+    churn=0.01,
+)
 ONE_CLASS = measure([0, 0], [0.2, 0.3], [1, 2])
 
 
@@ -86,6 +96,59 @@ def test_the_markdown_has_figures_rows_budget_plan_notes_and_plots() -> None:
     assert "- 2 lists were capped" in text
     assert "![AUC by hour](data:image/png;base64,AA)" in text
     assert "steps skipped" in text
+
+
+def test_the_budget_tells_what_was_measured_of_a_step() -> None:
+    text = as_markdown(report(fixed_seconds=0.0021, row_seconds=1.234e-5, noise_scale=5678.4))
+    assert "An undisturbed step takes 2.10 ms and 12.34 µs a row." in text
+    assert "Gradient noise scale of the dense network: 5,678 rows." in text
+    plain = as_markdown(report())
+    assert "undisturbed step" not in plain
+    assert "noise scale" not in plain
+
+
+def test_rows_that_the_plan_left_out_are_counted_where_there_are_any() -> None:
+    planned = PlanRecord(step=0, position=0, batch_size=512, learning_rate=0.004, reason="short of time", keep_rate=0.255)
+    text = as_markdown(report(rows_thinned=12_345, plan=(planned,)))
+    assert "| left out for want of time | 12,345 |" in text
+    assert "| 0 | 512 | 25.5% | 0.004 | short of time |" in text
+    assert "want of time" not in as_markdown(report())
+
+
+def test_the_stability_has_the_verdict_its_reason_and_every_measure() -> None:
+    found = Diagnosis(verdict="learning_rate_too_high", reason="a dense step changed the log loss by +0.1")
+    text = as_markdown(report(stability=STEADINESS, diagnosis=found))
+    assert "Diagnosis: **learning rate too high**: a dense step changed the log loss by +0.1." in text
+    for row in (
+        "| log loss of fixed rows over steps: standard deviation | 0.00123 |",
+        "| spikes of it | 2 |",
+        "| gradient norms: standard deviation / mean | 0.50 |",
+        "| published probabilities: mean change | 0.0100 |",
+        "| published probabilities: change that 1 % exceed | - |",
+        "| AUC: change from the window before | -0.0200 [-0.0300, -0.0100] |",
+    ):
+        assert row in text
+    assert "log loss: change" not in text
+
+
+def test_a_verdict_that_was_not_given_says_why_not() -> None:
+    unjudged = Diagnosis(verdict=None, reason="fewer than 6 steps were probed")
+    text = as_markdown(report(stability=STEADINESS, diagnosis=unjudged))
+    assert "Diagnosis: not judged: fewer than 6 steps were probed." in text
+    assert "Diagnosis: **healthy**." in as_markdown(
+        report(stability=STEADINESS, diagnosis=Diagnosis(verdict="healthy", reason=""))
+    )
+    assert "## Stability" not in as_markdown(report())
+
+
+def test_the_history_keeps_what_the_next_update_plans_and_judges_by(tmp_path: Path) -> None:
+    measured = {"fixed_seconds": 0.002, "row_seconds": 1.5e-5, "noise_scale": 1234.0, "rows_thinned": 9}
+    found = Diagnosis(verdict="drift", reason="log loss rose")
+    append_history(tmp_path, report(stability=STEADINESS, diagnosis=found, **measured))
+    (entry,) = read_history(tmp_path)
+    assert {name: entry[name] for name in measured} == measured
+    assert entry["diagnosis"] == {"verdict": "drift", "reason": "log loss rose"}
+    assert entry["stability"]["auc_change"] == {"value": -0.02, "interval": {"low": -0.03, "high": -0.01}}
 
 
 def test_words_from_outside_cannot_break_a_table() -> None:

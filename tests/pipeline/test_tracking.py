@@ -8,7 +8,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 
 from models.id_table import IdFigures
 from pipeline.config import UpdateConfig, load_config
-from pipeline.evaluation.metrics import measure
+from pipeline.evaluation.diagnosis import Diagnosis, Verdict
+from pipeline.evaluation.metrics import Interval, measure
+from pipeline.evaluation.stability import Change, Stability
 from pipeline.outcome import LossPoint, PlanRecord, UpdateReport
 from pipeline.publishing import tracking
 from pipeline.publishing.tracking import MetricPoint, RunRecord, Tracker, open_experiment, record_of, update_id
 
+PLAN_CURVES = ("batch_size", "learning_rate", "keep_rate")
 HOUR = datetime(2026, 1, 1, 5, tzinfo=UTC)
 
 
@@ -97,7 +100,9 @@ def test_an_update_is_one_finished_run_with_everything_on_it(config: UpdateConfi
     assert run.data.tags["git_commit"] == "abc123"
     assert run.data.tags["log_version"] == "3"
     expected = {f"before/{name}" for name in tracking.SHOWN_METRICS} | {"after/auc", "seconds/learn", "budget/share"}
-    assert expected | {"learning/log_loss", "learning/batch_size", "learning/learning_rate"} <= set(run.data.metrics)
+    assert expected | {"learning/log_loss", "learning/batch_size", "learning/learning_rate", "learning/keep_rate"} <= set(
+        run.data.metrics
+    )
     assert run.data.metrics["probe/loss"] == 0.25
     client, _ = open_experiment(config)
     assert [m.step for m in client.get_metric_history(run_id, "before/auc")] == [int(HOUR.timestamp() // 3600)]
@@ -278,3 +283,59 @@ def test_figures_of_admitted_ids_are_hourly_metrics(tmp_path: Path) -> None:
     assert values["ids/item/evicted"] == 3.0
     assert values["ids/item/new_share"] == 0.5
     assert len(values) == 7
+
+
+def values_of(report: UpdateReport, folder: Path) -> dict[str, float]:
+    record = record_of(report, load_config(overrides=[f"state_dir={folder}"]), texts={}, images={})
+    return {point.key: point.value for point in record.hourly}
+
+
+def test_what_was_measured_of_the_steps_is_hourly_and_absent_where_nothing_was(tmp_path: Path) -> None:
+    measured = {"fixed_seconds": 0.002, "row_seconds": 1.5e-5, "noise_scale": 1234.0}
+    values = values_of(report_at(rows_thinned=77, batch_size=512, **measured), tmp_path)
+    assert values["rows/thinned"] == 77.0
+    assert values["batch_size"] == 512.0
+    assert values["step/fixed_seconds"] == 0.002
+    assert values["step/row_seconds"] == 1.5e-5
+    assert values["noise_scale"] == 1234.0
+    plain = values_of(report_at(), tmp_path)
+    assert plain["rows/thinned"] == 0.0
+    assert not {"step/fixed_seconds", "step/row_seconds", "noise_scale"} & set(plain)
+
+
+def test_the_plan_of_a_pass_is_three_curves_over_its_rows(tmp_path: Path) -> None:
+    plan = (
+        PlanRecord(step=0, position=0, batch_size=64, learning_rate=0.002, reason="time for all"),
+        PlanRecord(step=2, position=128, batch_size=256, learning_rate=0.004, reason="short of time", keep_rate=0.25),
+    )
+    record = record_of(report_at(plan=plan), load_config(overrides=[f"state_dir={tmp_path}"]), texts={}, images={})
+    curves = {name: [(p.step, p.value) for p in record.curves if p.key == f"learning/{name}"] for name in PLAN_CURVES}
+    assert curves == {
+        "batch_size": [(0, 64.0), (128, 256.0)],
+        "learning_rate": [(0, 0.002), (128, 0.004)],
+        "keep_rate": [(0, 1.0), (128, 0.25)],
+    }
+
+
+@pytest.mark.parametrize("verdict", get_args(Verdict))
+def test_the_verdict_is_one_of_four_lines_that_are_0_or_1(tmp_path: Path, verdict: Verdict) -> None:
+    values = values_of(report_at(diagnosis=Diagnosis(verdict=verdict, reason="figures")), tmp_path)
+    drawn = {key.removeprefix("diagnosis/"): value for key, value in values.items() if key.startswith("diagnosis/")}
+    assert drawn == {name: float(name == verdict) for name in get_args(Verdict)}
+
+
+def test_what_was_not_judged_has_no_verdict_and_what_was_not_measured_no_figure(tmp_path: Path) -> None:
+    unjudged = Diagnosis(verdict=None, reason="fewer than 6 steps were probed")
+    values = values_of(report_at(diagnosis=unjudged, stability=Stability(probe_points=2, churn=0.01)), tmp_path)
+    steadiness = {key: value for key, value in values.items() if key.startswith(("stability/", "diagnosis/"))}
+    assert steadiness == {"stability/probe_points": 2.0, "stability/churn": 0.01}
+
+
+def test_the_measures_of_steadiness_are_hourly_with_their_intervals(tmp_path: Path) -> None:
+    change = Change(value=-0.01, interval=Interval(low=-0.03, high=0.01))
+    probed = {"probe_deviation": 0.002, "probe_spikes": 1, "gradient_variation": 0.3, "churn_p99": 0.08}
+    figures = Stability(probe_points=24, auc_change=change, log_loss_change=change, churn=0.01, **probed)
+    values = values_of(report_at(stability=figures), tmp_path)
+    assert {f"stability/{name}" for name in (*probed, "probe_points", "churn")} <= set(values)
+    for name in ("auc_change", "log_loss_change"):
+        assert [values[f"stability/{name}{end}"] for end in ("", "_low", "_high")] == [-0.01, -0.03, 0.01]

@@ -15,8 +15,8 @@ from deltalake import DeltaTable
 from filelock import FileLock
 
 from data_schemas.dataset import DatasetSpec, load_spec
-from data_schemas.errors import CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
-from pipeline.config import TrainingConfig, UpdateConfig, load_config
+from data_schemas.errors import ConfigError, CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
+from pipeline.config import TrainingConfig, UpdateConfig, load_config, overridden
 from pipeline.data.encode import EncodedWindow, UserBags, encode
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -27,7 +27,7 @@ from pipeline.model_state import ModelState, restore_or_create
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.checkpoint import current_version, load_dense, read_manifest, versions
 from pipeline.publishing.predictor import Predictor, export_predictor, load_predictor
-from pipeline.publishing.report import as_markdown
+from pipeline.publishing.report import append_history, as_markdown, read_history
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.processes import Processes
@@ -253,6 +253,22 @@ def test_out_of_time_rows_are_learned_by_the_next_update_and_the_budget_holds(co
     assert after is not None
     assert after.rows == after.rows_learned == 100 + report.rows_pending
     assert after.rows_pending == 0
+
+
+def test_a_budget_that_holds_no_batch_is_refused_and_the_rows_wait(config: UpdateConfig) -> None:
+    _write_hour(config, 0)
+    _write_hour(config, 1)
+    _ingest(config)
+    first = run_update(config)
+    assert first is not None
+    append_history(config.model_dir, replace(first, fixed_seconds=4.0, row_seconds=0.01))
+    planned = ["training.batch_policy=deadline", "training.min_batch_size=128", "budget.min_reserve_seconds=2"]
+    with pytest.raises(ConfigError, match=r"budget.seconds = 7 does not hold the reserve of .* at least (7\.\d+|[89])"):
+        run_update(overridden(config, [*planned, "budget.seconds=7"]))
+    assert [entry["version"] for entry in read_history(config.model_dir)] == [first.version]
+    waiting = run_update(config)
+    assert waiting is not None
+    assert waiting.rows_learned == waiting.rows == 300
 
 
 def test_an_hour_of_one_class_is_learned_and_has_no_auc(config: UpdateConfig) -> None:
