@@ -22,6 +22,8 @@ FLOOR_SHARE = 9
 """In a batch of N/9 a row gains less than 10 % from a smaller one."""
 PLANNED_SHARE = 0.97
 """Of the seconds left, so that a small disturbance does not leave rows unreached."""
+CALM_SHARE = 0.85
+"""Of the seconds left, as long as there are enough of them: stalls to come use up the rest, before rows must be left out."""
 PLANS = 200
 """A pass is planned anew so many times, as rows go by."""
 WORTH_CHANGING = 0.1
@@ -176,9 +178,9 @@ def best_size(
     """The size and the share of rows that suit the time that is left.
 
     `b_deadline = R*f / (T - R*d)` is the smallest batch that still sees all rows. Up to `b*` there is time enough: the smallest
-    that still gains is taken, which is never above the reference batch unless the rows need it: a larger one would save time that
-    nobody asks for, at a rate that nobody tuned. Beyond `b*` time is short: `goodput` takes `b*` and leaves rows out, `deadline`
-    takes `b_deadline` and leaves rows out only where the largest batch is not enough.
+    that still gains is taken. Above the reference batch it goes only as far as the rows need: more would save time that nobody
+    asks for, at a rate that nobody tuned. Beyond `b*` time is short: `goodput` takes `b*` and leaves rows out, `deadline` takes
+    `b_deadline` and leaves rows out only where the largest batch is not enough.
 
     Args:
         remaining: R, at least 1.
@@ -194,11 +196,14 @@ def best_size(
     def allowed(rows: float) -> int:
         return min(max(whole(min(rows, largest), micro_batch), smallest), largest)
 
-    spare = seconds_left - remaining * d
-    needed = remaining * f / spare if spare > 0 else math.inf
+    def sees_all(seconds: float) -> float:
+        spare = seconds - remaining * d
+        return remaining * f / spare if spare > 0 else math.inf
+
+    needed, calm = sees_all(seconds_left), sees_all(CALM_SHARE * seconds_left)
     best = max(math.sqrt(noise_scale * f / d), smallest)
     if needed <= min(best, largest):
-        size = allowed(max(needed, min(noise_scale / FLOOR_SHARE, reference), smallest))
+        size = allowed(max(needed, min(calm, best), min(noise_scale / FLOOR_SHARE, reference), smallest))
         return Size(batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains")
     if how == "goodput":
         size = allowed(best)

@@ -3,7 +3,6 @@
 Enters: the budget and what earlier updates needed after learning. Leaves: how long learning may go on.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ FIRST_RESERVE_SHARE = 0.2
 RESERVE_MARGIN = 1.5
 """Times the longest tail seen."""
 SLOWEST_TAIL = 5.0
-"""Times the usual tail: a machine that has not stalled yet may stall the next time."""
+"""Times the shortest tail seen: a machine that has not stalled yet may stall the next time."""
 GREATEST_RESERVE_SHARE = 0.5
 """Share of the budget that is kept back at most, so that one slow tail cannot stop learning."""
 
@@ -67,7 +66,7 @@ def reserve_seconds(tails: Sequence[float], *, budget_seconds: float, min_reserv
     if not tails:
         return max(min_reserve_seconds, FIRST_RESERVE_SHARE * budget_seconds)
     last = tails[-20:]
-    wanted = max(RESERVE_MARGIN * max(last), SLOWEST_TAIL * statistics.median(last))
+    wanted = max(RESERVE_MARGIN * max(last), SLOWEST_TAIL * min(last))
     return max(min_reserve_seconds, min(wanted, GREATEST_RESERVE_SHARE * budget_seconds))
 
 

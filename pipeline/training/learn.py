@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from data_schemas.examples import F32
 from pipeline.data.encode import EncodedWindow
 from pipeline.outcome import LossPoint, PlanRecord
 from pipeline.training.batch_size import BatchPolicy, Decision
@@ -109,7 +108,7 @@ def learn(
     """
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
     kept = slice(None) if kept_R is None else kept_R
-    learner.start_at(_click_rate(window.labels_R[kept], window.weights_R[kept]))
+    learner.start_at(_click_rate(window, kept))
     cursor = BatchCursor.of(window.num_rows, seed=seed, stratum_R=stratum_R, kept_R=kept_R)
     num_rows = cursor.remaining
     trace = _Trace(num_rows)
@@ -256,10 +255,15 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
     return chunk, [slice(int(end) - share, int(end)) for end, share in zip(ends, shares, strict=True)]
 
 
-def _click_rate(labels_R: F32, weights_R: F32) -> float:
-    """Weighted by one over the inclusion probability; 0 for rows without weight."""
-    total = float(weights_R.sum(dtype=np.float64))
-    return float(np.dot(labels_R.astype(np.float64), weights_R)) / total if total > 0 else 0.0
+def _click_rate(window: EncodedWindow, kept: slice | npt.NDArray[np.bool_]) -> float:
+    """Of all rows, estimated from those that are kept by their weights and shifts; 0 or 1 where these have one label only."""
+    weights_R = window.weights_R[kept].astype(np.float64)
+    total = float(weights_R.sum())
+    rate = float(window.labels_R[kept] @ weights_R) / total if total > 0 else 0.0
+    if window.logit_shifts_R is None or not 0 < rate < 1:
+        return rate
+    shift = float(window.logit_shifts_R[kept] @ weights_R) / total
+    return 1 / (1 + (1 - rate) / rate * math.exp(shift))
 
 
 class _Stopwatch:

@@ -31,8 +31,8 @@ def test_time_enough_takes_the_smallest_batch_that_still_gains() -> None:
 
 def test_with_time_enough_no_noise_scale_asks_for_more_than_the_reference() -> None:
     assert _size(seconds_left=1e9, noise_scale=1e6).batch_size == 512
-    needed = whole(1_000_000 * 0.002 / (20 - 1_000_000 / 60_000), 64)
-    assert _size(seconds_left=20.0, noise_scale=1e6).batch_size == needed > 512
+    calm = whole(1_000_000 * 0.002 / (0.85 * 22 - 1_000_000 / 60_000), 64)
+    assert _size(seconds_left=22.0, noise_scale=1e6).batch_size == calm > 512
 
 
 def test_overload_is_answered_as_the_design_has_it() -> None:

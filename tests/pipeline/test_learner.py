@@ -155,6 +155,18 @@ def test_a_new_model_starts_at_the_click_rate_of_its_first_window(
     assert np.mean(losses) < _entropy(click_rate) * 1.1
 
 
+def test_a_new_model_starts_at_the_click_rate_before_negatives_were_thinned(
+    small_spec: DatasetSpec, small_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of 9,500 negatives beside 500 clicks: the shift of log(10) says that the rate was 5 %."""
+    examples = replace(small_examples(1_450), labels_R=(np.arange(1_450) < 500).astype(np.float32))
+    shifted = replace(_window(small_spec, examples), logit_shifts_R=np.full(1_450, math.log(10), np.float32))
+    learner, started = _learner(small_spec), list[float]()
+    monkeypatch.setattr(learner, "start_at", started.append)
+    _pass(learner, shifted)
+    assert started == [pytest.approx(0.05, rel=1e-6)]
+
+
 def test_a_first_window_of_one_class_leaves_the_bias_where_it_was(small_spec: DatasetSpec) -> None:
     for click_rate in (0.0, 1.0):
         learner = _learner(small_spec)
