@@ -166,6 +166,7 @@ def test_crosses_counters_ages_and_a_history_are_declared(tmp_path: Path) -> Non
         ('of = ["item", "city"]', 'of = ["city", "city"]', ["history", "of", "2 times"]),
         ("length = 20", "length = 0", ["history.length", "0"]),
         ("length = 20", "length = 1001", ["history.length", "1001"]),
+        ("length = 20", "length = 20\nattended_clicks = 21", ["history", "attended_clicks", "21", "raise 'length'"]),
         ("length = 20", "capacity = 0", ["history.capacity", "0"]),
         ("length = 20", "max_events_per_window = 0", ["history.max_events_per_window", "0"]),
         ('user = "user_id"', "", ["history", "set 'user'"]),
