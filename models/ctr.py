@@ -58,7 +58,7 @@ class DenseNet(nn.Module):
 
     def forward(self, deep_BS: torch.Tensor, wide_BW: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
         """Logits `[B] float32`."""
-        head_BS, clicks_BS = deep_BS[:, : self.head_width], deep_BS[:, self.head_width :]
+        head_BS, clicks_BS = deep_BS.split([self.head_width, deep_BS.shape[1] - self.head_width], dim=1)
         embedded = head_BS.split(self.dims, dim=1)
         products = [embedded[pool] * embedded[candidate] for pool, candidate in self.candidate_of]
         attended = self._attend(embedded, clicks_BS)
