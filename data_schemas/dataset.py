@@ -207,11 +207,20 @@ class History(_Declared):
     )
     """Embeddings of what was clicked are averaged with weights that halve in so many hours, once for each; `inf` is the
     plain mean."""
+    attended_clicks: Annotated[int, Field(ge=0, le=200)] = 0
+    """Beside the means: a small network weighs so many of the last clicks anew for each candidate (DIN's attention); 0: none.
+    Costs time in proportion."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
         for field in ("of", "pool_half_lives_hours"):
             _refuse_repeats(field, getattr(self, field))
+        return self
+
+    @model_validator(mode="after")
+    def _attends_to_what_is_kept(self) -> Self:
+        if self.attended_clicks > self.length:
+            raise ValueError(f"'attended_clicks' is {self.attended_clicks}, but 'length' keeps {self.length}; raise 'length'")
         return self
 
 

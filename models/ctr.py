@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from data_schemas.minibatch import MiniBatch
+from models.attention import ActivationUnit
 from models.dcn import DcnHead
 from models.deepfm import DeepFmHead
 from models.dlrm import DlrmHead
@@ -37,32 +38,46 @@ class DenseNet(nn.Module):
     """Everything with dense gradients: the head, a linear part over the dense columns, and the bias.
 
     A pool of a user's history goes in as one more embedding; its product with the candidate's embedding, and the sum of that,
-    as dense columns. The wide weights and the linear part are added outside autocast, in fp32: they carry the calibration.
+    as dense columns. Where single clicks are attended to, their weighted sum goes in as dense columns, and so do its product
+    with the candidate and the sum of that. The wide weights and the linear part are added outside autocast, in fp32: they
+    carry the calibration.
     """
 
     def __init__(self, architecture: Architecture, layout: TableLayout, num_dense: int) -> None:
         super().__init__()
-        self.dims = list(layout.deep_dims)
-        self.candidate_of = [(layout.deep_keys.index(pool), layout.deep_keys.index(of)) for pool, of in layout.pools]
+        self.dims = list(layout.head_dims)
+        self.head_width = sum(self.dims)
+        self.candidate_of = [(layout.head_keys.index(pool), layout.head_keys.index(of)) for pool, of in layout.pools]
+        self.attended = [(layout.head_keys.index(of), count) for of, count in layout.attended.items()]
         products = sum(self.dims[pool] + 1 for pool, _ in self.candidate_of)
+        products += sum(2 * self.dims[of] + 1 for of, _ in self.attended)
         self.head = _head(architecture, self.dims, num_dense + products)
-        self.linear_N = nn.Parameter(torch.zeros(num_dense + len(self.candidate_of)))
+        self.attention = nn.ModuleList(ActivationUnit(self.dims[of]) for of, _ in self.attended)
+        self.linear_N = nn.Parameter(torch.zeros(num_dense + len(self.candidate_of) + len(self.attended)))
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, deep_BS: torch.Tensor, wide_BW: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
         """Logits `[B] float32`."""
-        products, sums = self._meet_history(deep_BS)
+        head_BS, clicks_BS = deep_BS.split([self.head_width, deep_BS.shape[1] - self.head_width], dim=1)
+        embedded = head_BS.split(self.dims, dim=1)
+        products = [embedded[pool] * embedded[candidate] for pool, candidate in self.candidate_of]
+        attended = self._attend(embedded, clicks_BS)
+        products += [sum_BD * embedded[of] for sum_BD, (of, _) in zip(attended, self.attended, strict=True)]
+        sums = [product_BD.sum(dim=1, keepdim=True) for product_BD in products]
         linear_BN = torch.cat([dense_BN, *sums], dim=1)
-        logits_B: torch.Tensor = self.head(deep_BS, torch.cat([linear_BN, *products], dim=1))
+        products += attended
+        logits_B: torch.Tensor = self.head(head_BS, torch.cat([linear_BN, *products], dim=1))
         return logits_B.float() + wide_BW.sum(dim=1) + (linear_BN * self.linear_N).sum(dim=1) + self.bias
 
-    def _meet_history(self, deep_BS: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Products `[B, D]` of each pool with its candidate, and their sums `[B, 1]`."""
-        if not self.candidate_of:
-            return [], []
-        embedded = deep_BS.split(self.dims, dim=1)
-        products = [embedded[pool] * embedded[candidate] for pool, candidate in self.candidate_of]
-        return products, [product_BD.sum(dim=1, keepdim=True) for product_BD in products]
+    def _attend(self, embedded: Sequence[torch.Tensor], clicks_BS: torch.Tensor) -> list[torch.Tensor]:
+        """For each feature of the history: `[B, D]`, the sum of the user's clicks as the candidate weighs them."""
+        widths = [count * self.dims[of] for of, count in self.attended]
+        return [
+            unit(clicked_BC.unflatten(1, (count, -1)), embedded[of])
+            for unit, (of, count), clicked_BC in zip(
+                self.attention, self.attended, clicks_BS.split(widths, dim=1) if widths else (), strict=True
+            )
+        ]
 
 
 class CtrModel(nn.Module):

@@ -192,9 +192,15 @@ class EmbeddingTables(nn.Module):
 
 
 def _in_order(pooled: KeyedTensor, names: list[str]) -> torch.Tensor:
-    """The values side by side in the order of `names`; sharded collections answer in an order of their own."""
-    values: torch.Tensor = pooled.values() if pooled.keys() == names else torch.cat([pooled[name] for name in names], 1)
-    return values
+    """The values side by side in the order of `names`; sharded collections answer in an order of their own.
+
+    Split at once, not key by key: the backward pass of a slice fills a tensor of the whole width with zeros.
+    """
+    values: torch.Tensor = pooled.values()
+    if pooled.keys() == names:
+        return values
+    pieces = dict(zip(pooled.keys(), values.split(pooled.length_per_key(), dim=1), strict=True))
+    return torch.cat([pieces[name] for name in names], dim=1)
 
 
 def _config(table: Table, part: str, dim: int, bound: float) -> EmbeddingBagConfig:

@@ -74,10 +74,9 @@ class KeyIndex:
         for start in range(0, len(keys_R), BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
             bucket = self._buckets(keys_R[block])
-            matches = keys_BW[bucket] == keys_R[block, None]
-            way = matches.argmax(axis=1)
-            found = np.take_along_axis(matches, way[:, None], axis=1)[:, 0] & (keys_R[block] != MISSING)
-            slots_R[block] = np.where(found, bucket * self._ways + way, -1)
+            slots = bucket * self._ways + (keys_BW[bucket] == keys_R[block, None]).argmax(axis=1)
+            found = (self._keys[slots] == keys_R[block]) & (keys_R[block] != MISSING)
+            slots_R[block] = np.where(found, slots, -1)
         return slots_R
 
     def find_or_add(self, keys_R: U64, now_hour: int) -> tuple[I64, Bool, int]:

@@ -70,12 +70,12 @@ def lookups_of(
         deep_gradient_CS: of the pooled embeddings, in the order of `layout.deep_keys`.
         wide_gradient_CW: of the wide weights, in the order of `layout.wide_keys`.
         counts_C: weight of each example; 0 for one that was not learned, whose ids are then not touched.
-        history_row_C: where the pools of each example's user stand; None without histories.
+        history_row_C: where the history of each example's user stands; None without histories.
     """
-    pools = {pool for pool, _ in layout.pools}
-    of_pools_C = counts_C
+    of_history = {key for key, _ in (*layout.pools, *layout.clicks)}
+    of_users_C = counts_C
     if history_row_C is not None:
-        of_pools_C = torch.zeros_like(counts_C).index_add_(0, history_row_C, counts_C)
+        of_users_C = torch.zeros_like(counts_C).index_add_(0, history_row_C, counts_C)
     return (
         Lookups(
             part="deep",
@@ -83,7 +83,7 @@ def lookups_of(
             ids=deep,
             gradient_CS=deep_gradient_CS,
             columns=_columns(layout.deep_keys, layout.deep_dims),
-            counts_by_key_C={key: of_pools_C if key in pools else counts_C for key in layout.deep_keys},
+            counts_by_key_C={key: of_users_C if key in of_history else counts_C for key in layout.deep_keys},
         ),
         Lookups(
             part="wide",

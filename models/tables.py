@@ -5,6 +5,7 @@ Enters: a `DatasetSpec`. Leaves: a `TableLayout`, the one place that fixes the o
 Letters: B rows, S the sum of the embedding lengths of all lookups.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +22,7 @@ class Table:
     rows: int
     dim: int
     lookups: tuple[str, ...]
-    """Keys of the batch that hold rows of this table: the feature itself, and pools of a user's history of it."""
+    """Keys of the batch that hold rows of this table: the feature itself, pools of a user's history of it, single clicks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,20 @@ class TableLayout:
     """For one weight an id."""
     pools: tuple[tuple[str, str], ...] = ()
     """Keys of history pools, each with the feature that it pools."""
+    clicks: tuple[tuple[str, str], ...] = ()
+    """Keys of single clicks that are attended to, each with its feature: by feature, the last click first."""
+
+    @cached_property
+    def head_keys(self) -> list[str]:
+        """Lookups that the head sees as embeddings: features, then pools."""
+        of_history = {key for key, _ in (*self.pools, *self.clicks)}
+        features = [key for table in self.deep for key in table.lookups if key not in of_history]
+        return features + [pool for pool, _ in self.pools]
 
     @cached_property
     def deep_keys(self) -> list[str]:
-        """Lookups in the order of the embeddings: features, then pools."""
-        pools = [pool for pool, _ in self.pools]
-        return [key for table in self.deep for key in table.lookups if key not in pools] + pools
+        """Lookups in the order of the embeddings: features, pools, then single clicks."""
+        return self.head_keys + [click for click, _ in self.clicks]
 
     @cached_property
     def deep_dims(self) -> list[int]:
@@ -48,17 +57,27 @@ class TableLayout:
         return [by_key[key] for key in self.deep_keys]
 
     @cached_property
+    def head_dims(self) -> list[int]:
+        """Lengths of those that the head sees."""
+        return self.deep_dims[: len(self.head_keys)]
+
+    @cached_property
+    def attended(self) -> dict[str, int]:
+        """By feature of the history: how many clicks are attended to."""
+        return dict(Counter(of for _, of in self.clicks))
+
+    @cached_property
     def wide_keys(self) -> list[str]:
         """Features and crosses, in the order of the wide weights."""
         return [key for table in self.wide for key in table.lookups]
 
     @cached_property
     def plain_width(self) -> int:
-        """Columns of the embeddings that are not pools of a history; the pools follow them."""
-        return sum(self.deep_dims[: len(self.deep_dims) - len(self.pools)])
+        """Columns of the embeddings that are not of a history; those of the history follow them."""
+        return sum(self.head_dims[: len(self.head_dims) - len(self.pools)])
 
     def with_history(self, deep_BS: torch.Tensor, history_row_B: torch.Tensor | None) -> torch.Tensor:
-        """Each row's own embeddings beside the pools of its user, which stand once a batch, in row `history_row_B`."""
+        """Each row's own embeddings beside the history of its user, which stand once a batch, in row `history_row_B`."""
         if history_row_B is None:
             return deep_BS
         return torch.cat([deep_BS[:, : self.plain_width], deep_BS[history_row_B, self.plain_width :]], dim=1)
@@ -71,12 +90,13 @@ def table_layout(spec: DatasetSpec) -> TableLayout:
     the same items.
     """
     pools = tuple((pool_key(of, life), of) for of, life in history_pools(spec))
+    clicks = tuple((click_key(of, back), of) for of, back in attended_clicks(spec))
     deep = tuple(
         Table(
             name=feature.name,
             rows=feature.capacity,
             dim=feature.embedding_dim,
-            lookups=(feature.name, *(pool for pool, of in pools if of == feature.name)),
+            lookups=(feature.name, *(key for key, of in (*pools, *clicks) if of == feature.name)),
         )
         for feature in spec.categorical
     )
@@ -84,7 +104,7 @@ def table_layout(spec: DatasetSpec) -> TableLayout:
     crosses = [
         Table(name=name, rows=spec.cross_capacity, dim=1, lookups=(name,)) for name in (cross_key(c) for c in spec.crosses)
     ]
-    return TableLayout(deep=deep, wide=(*wide, *crosses), pools=pools)
+    return TableLayout(deep=deep, wide=(*wide, *crosses), pools=pools, clicks=clicks)
 
 
 def history_pools(spec: DatasetSpec) -> list[tuple[str, float]]:
@@ -92,6 +112,22 @@ def history_pools(spec: DatasetSpec) -> list[tuple[str, float]]:
     if spec.history is None:
         return []
     return [(of, life) for life in spec.history.pool_half_lives_hours for of in spec.history.of]
+
+
+def attended_clicks(spec: DatasetSpec) -> list[tuple[str, int]]:
+    """Feature and number, 0 for the last, of every click that is attended to."""
+    if spec.history is None:
+        return []
+    return [(of, back) for of in spec.history.of for back in range(spec.history.attended_clicks)]
+
+
+def click_key(feature: str, back: int) -> str:
+    """The key of a batch that holds a single click of each user.
+
+    >>> click_key("item_id", 0)
+    'item_id clicked, 0 clicks ago'
+    """
+    return f"{feature} clicked, {back} clicks ago"
 
 
 def pool_key(feature: str, half_life_hours: float) -> str:

@@ -14,7 +14,7 @@ from typing import assert_never
 
 import torch
 
-from data_schemas.dataset import Categorical, DatasetSpec
+from data_schemas.dataset import Categorical, DatasetSpec, History
 from data_schemas.errors import SpecMismatch
 from models.ctr import Architecture
 from models.tables import TableLayout
@@ -33,7 +33,7 @@ def additions(old: DatasetSpec, new: DatasetSpec) -> list[str] | None:
         (old.user, old.item, old.has_labels) == (new.user, new.item, new.has_labels)
         and (not old.crosses or old.cross_capacity == new.cross_capacity)
         and (not old.ages or old.age_capacity == new.age_capacity)
-        and (old.history is None or old.history == new.history)
+        and (old.history is None or new.history in (old.history, _attending(old.history, new.history)))
         and all(feature in categorical for feature in before)
         and all(number in new.numeric for number in old.numeric)
         and all(cross in new.crosses for cross in old.crosses)
@@ -49,6 +49,7 @@ def additions(old: DatasetSpec, new: DatasetSpec) -> list[str] | None:
         *(f"counter of {', '.join(counter.over)}" for counter in new.counters if counter not in old.counters),
         *(f"age of {feature}" for feature in new.ages if feature not in old.ages),
         *([f"history of {', '.join(new.history.of)}"] if new.history and not old.history else []),
+        *([f"attention to {', '.join(new.history.of)}"] if new.history and old.history and new.history != old.history else []),
     ]
 
 
@@ -80,11 +81,14 @@ def labelled_parameters(architecture: Architecture, layout: TableLayout, dense_n
         layout: of its tables.
         dense_names: a name for each dense column.
     """
-    linear = (*dense_names, *(f"sum({pool})" for pool, _ in layout.pools))
-    dims = dict(zip(layout.deep_keys, layout.deep_dims, strict=True))
-    products = tuple(f"product({pool})[{place}]" for pool, _ in layout.pools for place in range(dims[pool]))
+    dims = dict(zip(layout.head_keys, layout.head_dims, strict=True))
+    histories = [*(pool for pool, _ in layout.pools), *(f"attended {of}" for of in layout.attended)]
+    widths = [*(dims[pool] for pool, _ in layout.pools), *(dims[of] for of in layout.attended)]
+    linear = (*dense_names, *(f"sum({history})" for history in histories))
+    products = tuple(f"product({key})[{place}]" for key, dim in zip(histories, widths, strict=True) for place in range(dim))
+    attended = tuple(f"attended {of}[{place}]" for of in layout.attended for place in range(dims[of]))
     embedded = tuple(f"{key}[{place}]" for key, dim in dims.items() for place in range(dim))
-    head = _head(architecture, layout.deep_keys, embedded, (*linear, *products))
+    head = _head(architecture, layout.head_keys, embedded, (*linear, *products, *attended))
     return [Labelled(name="linear_N", meaning="linear_N", axes=(linear,)), *head, *_projections(architecture, dims)]
 
 
@@ -113,6 +117,13 @@ def place_by_name(old: Sequence[str], new: Sequence[str]) -> list[int]:
     """
     place = {name: number for number, name in enumerate(new)}
     return [place[name] for name in old]
+
+
+def _attending(old: History, new: History | None) -> History:
+    """A history that is attended to as the new one, where it was not before."""
+    if new is None or old.attended_clicks:
+        return old
+    return old.model_copy(update={"attended_clicks": new.attended_clicks})
 
 
 def _shape(feature: Categorical) -> Categorical:

@@ -303,7 +303,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     trained_on = manifest.spec or spec
     dense = load_dense(config.model_dir, manifest)
     before, after = table_layout(trained_on), table_layout(spec)
-    gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.deep_keys != after.deep_keys)
+    gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.head_keys != after.head_keys)
     model = _model(config, spec, processes, device, gated=gated)
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
@@ -343,7 +343,7 @@ def _widened(
     before, after = (labelled_parameters(shape, table_layout(spec), dense_columns(spec)) for spec in (old, new))
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
-        dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).deep_keys)), learner, manifest)
+        dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).head_keys)), learner, manifest)
     widened = {name: tensor for name, tensor in dense.items() if name.startswith(("random.torch", GROUP, "row_", NOISE_SCALE))}
     for kind in ("weight", *_averages(learner)):
         widened |= _widened_kind(f"{kind}.", "", dense, before, after)

@@ -75,6 +75,15 @@ def load_streams(dataset: str, *, data: Path | None, spec_path: str | None, hour
             raise SystemExit(f"DATASET must be brunch, amexpert or synthetic, got {unknown!r}")
 
 
+def brunch_hours(data: Path | None, spec: DatasetSpec, hours: int) -> Iterator[Hour]:
+    """The first hours of brunch, one at a time.
+
+    Raises:
+        SystemExit: the data are not there.
+    """
+    return _encoded(_brunch(_existing(data or DATA / "brunch/impressions"), hours), spec, span_hours=1)
+
+
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise SystemExit(f"there is no folder {folder}; name the one that holds the data with --data")

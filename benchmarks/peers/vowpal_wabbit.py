@@ -69,7 +69,8 @@ class VowpalWabbit:
             interactions += "".join(f" --interactions {self._letters[of].upper()}{self._letters[of]}" for of in spec.history.of)
         self._history, self._scale = history, scale
         fixed = f"--loss_function logistic --link logistic -b {BITS} --quiet"
-        self._workspace = Workspace(f"{fixed} {interactions} {arguments}")
+        self.arguments = f"{fixed} {interactions} {arguments}"
+        self._workspace = Workspace(self.arguments)
 
     def prepare(self, hour: Hour) -> Lines:
         """Text lines; zeros of the dense columns are left out, which changes nothing."""

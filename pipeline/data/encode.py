@@ -21,7 +21,7 @@ from models.histories import Histories
 from models.id_table import SHARED_ROW, IdTables
 from models.ids import cross_rows
 from models.memory import Memory, column_names
-from models.tables import TableLayout, cross_key, history_pools, pool_key, table_layout
+from models.tables import TableLayout, click_key, cross_key, history_pools, pool_key, table_layout
 from pipeline.data.normalise import RunningMoments, normalise, transform
 
 THREADS = 2
@@ -92,7 +92,7 @@ class EncodedWindow:
             segments, carrier_B, deep = {}, None, _one_id_each(gathered_KB, deep_keys)
         else:
             segments = self._segments(gathered_KB, rows_B)
-            carrier_B = None if self.histories is None else _add_histories(segments, self.histories, rows_B)
+            carrier_B = None if self.histories is None else _add_histories(segments, self.histories, rows_B, self.layout)
             deep = _jagged(segments, deep_keys, len(rows_B))
         weights_B = self.weights_R[rows_B]
         return MiniBatch(
@@ -325,17 +325,30 @@ def _decayed_weights(lists: IdLists, age_hours_V: I64, half_life: float) -> F32:
     return weights_V
 
 
-def _add_histories(segments: dict[str, _Segment], histories: UserBags, rows_B: I64) -> I64:
+def _add_histories(segments: dict[str, _Segment], histories: UserBags, rows_B: I64, layout: TableLayout) -> I64:
     """Gives the bags of each user to the first of the user's rows; `[B]` the row that carries each row's bags."""
     users, first, inverse = np.unique(histories.user_R[rows_B], return_index=True, return_inverse=True)
     in_row_order = np.argsort(first)
-    for key, bags in histories.pools.items():
-        taken = bags.take(users[in_row_order])
+    taken = {key: bags.take(users[in_row_order]) for key, bags in histories.pools.items()}
+    for key, bags in taken.items():
         lengths = np.zeros(len(rows_B), np.int32)
-        lengths[first[in_row_order]] = np.diff(taken.offsets)
-        segments[key] = _Segment(rows=taken.rows_V, weights=taken.weights_V, lengths=lengths)
+        lengths[first[in_row_order]] = np.diff(bags.offsets)
+        segments[key] = _Segment(rows=bags.rows_V, weights=bags.weights_V, lengths=lengths)
+    for feature, count in layout.attended.items():
+        bags = taken[next(pool for pool, of in layout.pools if of == feature)]
+        for back in range(count):
+            segments[click_key(feature, back)] = _single_clicks(bags, back, first[in_row_order], len(rows_B))
     carrier_B: I64 = first[inverse]
     return carrier_B
+
+
+def _single_clicks(bags: Bags, back: int, carrier_U: I64, num_rows: int) -> _Segment:
+    """Of each user the click that `back` others followed, in the row that carries the user's history."""
+    has_U = np.diff(bags.offsets) > back
+    lengths = np.zeros(num_rows, np.int32)
+    lengths[carrier_U[has_U]] = 1
+    rows = bags.rows_V[bags.offsets[1:][has_U] - 1 - back]
+    return _Segment(rows=rows, weights=np.ones(len(rows), np.float32), lengths=lengths)
 
 
 def _one_id_each(rows_KB: I64, keys: Sequence[str]) -> KeyedJaggedTensor:

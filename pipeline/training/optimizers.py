@@ -27,7 +27,7 @@ def dense_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCo
     rate = config.dense_learning_rate
     match config.dense_optimizer:
         case "adam":
-            return torch.optim.Adam(parameters, lr=rate)
+            return torch.optim.Adam(parameters, lr=rate, fused=True)
         case "adagrad":
             return torch.optim.Adagrad(parameters, lr=rate)
         case "sgd":

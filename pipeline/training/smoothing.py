@@ -33,8 +33,7 @@ class MovingAverage:
     def add(self, values: Mapping[str, torch.Tensor]) -> None:
         """Counts one more observation in."""
         self.steps += 1
-        for name, total in self.sums.items():
-            total.lerp_(values[name], 1 - self.decay)
+        torch._foreach_lerp_(list(self.sums.values()), [values[name] for name in self.sums], 1 - self.decay)
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The averages so far; at least one observation is needed."""

@@ -33,8 +33,8 @@ MakeExamples = Callable[..., Examples]
 
 @pytest.fixture
 def spec(small_spec: DatasetSpec) -> DatasetSpec:
-    """Single ids, a list, a cross, and histories that are pooled in the table of their item."""
-    history = History(of=("item",), length=5, pool_half_lives_hours=(float("inf"), 6.0))
+    """Single ids, a list, a cross, and histories that are pooled, and attended to, in the table of their item."""
+    history = History(of=("item",), length=5, pool_half_lives_hours=(float("inf"), 6.0), attended_clicks=2)
     return small_spec.model_copy(update={"history": history, "crosses": (("user", "item"),), "cross_capacity": 64})
 
 
@@ -107,6 +107,9 @@ def _occurrences(window: EncodedWindow, layout: Any, rows: np.ndarray) -> dict[s
         for bags in window.histories.pools.values():
             for item in bags.rows_V[bags.offsets[user] : bags.offsets[user + 1]]:
                 counts["item"][item] += weight
+        clicks = next(iter(window.histories.pools.values()))
+        for item in clicks.rows_V[clicks.offsets[user] : clicks.offsets[user + 1]][-2:]:
+            counts["item"][item] += weight
     return counts
 
 

@@ -1,9 +1,11 @@
 """The whole update on a small synthetic click log: warm start, deadline, corruption, and what reaches the next update."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -339,10 +341,35 @@ def test_a_new_feature_keeps_the_trained_model_and_starts_from_zero_effect(
 ) -> None:
     smaller = GROWN[: GROWN.index('[[categorical]]\nname = "hour_of_day"')] + GROWN[GROWN.index("[[numeric]]") :]
     smaller = smaller[: smaller.index('[[counters]]\nover = ["user", "item"]')]
+    notes = {
+        "feature hour_of_day", "cross user x item", "counter of user, item", "age of item", "history of item",
+    }  # fmt: skip
+    _check_growth(config, tmp_path, (smaller, TOML), notes, kind=kind, smoothed=smoothed)
+
+
+@pytest.mark.parametrize("kind", ["deepfm", "dcnv2", "dlrm"])
+def test_attention_to_clicks_keeps_the_trained_model_and_starts_from_zero_effect(
+    config: UpdateConfig, tmp_path: Path, kind: str
+) -> None:
+    attending = TOML.replace("length = 5", "length = 5\nattended_clicks = 3")
+    _check_growth(config, tmp_path, (TOML, attending), {"attention to item"}, kind=kind)
+
+
+def _check_growth(
+    config: UpdateConfig,
+    tmp_path: Path,
+    declarations: tuple[str, str],
+    notes: set[str],
+    *,
+    kind: str,
+    smoothed: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """A model that was trained by the smaller declaration predicts the same by the larger one, learns all of it, and serves."""
+    smaller, larger = declarations
     (tmp_path / "tiny.toml").write_text(smaller)
     parts = {
         "model": config.model.model_copy(update={"kind": kind, "interaction_dim": 12}),
-        "training": config.training.model_copy(update=smoothed),
+        "training": config.training.model_copy(update=dict(smoothed)),
     }
     config = config.model_copy(update=parts)
     for hour in range(5):
@@ -351,14 +378,12 @@ def test_a_new_feature_keeps_the_trained_model_and_starts_from_zero_effect(
     for _ in range(3):
         assert run_update(config) is not None
     old, old_spec = restore_or_create(config, load_spec(config.dataset), Processes()), load_spec(config.dataset)
-    (tmp_path / "tiny.toml").write_text(TOML)
+    (tmp_path / "tiny.toml").write_text(larger)
     spec = load_spec(config.dataset)
     new = restore_or_create(config, spec, Processes())
     before, after = (_predicted(state, config, spec) for state, spec in ((old, old_spec), (new, spec)))
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
-    assert {note.partition(" is new")[0] for note in new.notes} == {
-        "feature hour_of_day", "cross user x item", "counter of user, item", "age of item", "history of item",
-    }  # fmt: skip
+    assert {note.partition(" is new")[0] for note in new.notes} == notes
     for _ in range(2):
         assert run_update(config) is not None
     learned = restore_or_create(config, spec, Processes())
