@@ -15,8 +15,8 @@ DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""No telemetry (MLflow wants the word `true`), and no pickle. For a busy machine: patience with Prefect's server, given up after
-20 s otherwise, and no threads that spin while they wait."""
+"""No telemetry (MLflow wants the word `true`), and no pickle. For a busy machine: patience with Prefect's server, which is
+given up after 20 s otherwise, and no threads that spin while they wait."""
 
 BY_HAND = {
     "PREFECT_LOGGING_LEVEL": "WARNING",
