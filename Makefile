@@ -43,10 +43,10 @@ compare: $(INSTALLED)  ## Compare batch strategies on 24 synthetic hours, 5 seed
 	  --dataset synthetic --generate --landing compare/landing --state-dir compare/state --seeds 5 --workers 2
 
 test: lint  ## Run the checks and the tests.
-	@$(BIN)/python -m pytest -m 'not slow' --durations=5
+	@$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --durations=5
 
 test-slow: lint  ## Run the checks and all tests, the slow ones too.
-	@$(BIN)/python -m pytest --durations=10
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10
 
 lint: $(INSTALLED)  ## Run ruff and mypy only.
 	$(call timed,ruff check,$(BIN)/ruff check --quiet .)

@@ -73,15 +73,15 @@ def parquet(num_rows: int = 2, row_group_size: int = 1000) -> bytes:
         ("a.csv", CSV),
         ("a.CSV", CSV),
         ("a.txt", CSV),
-        ("a.b.csv.gz", gzip.compress(CSV)),
-        ("two-members.csv.gz", gzip.compress(CSV[:20]) + gzip.compress(CSV[20:])),
+        ("a.b.csv.gz", gzip.compress(CSV, mtime=0)),
+        ("two-members.csv.gz", gzip.compress(CSV[:20], mtime=0) + gzip.compress(CSV[20:])),
         ("bom.csv", b"\xef\xbb\xbf" + CSV),
         ("windows.csv", CSV.replace(b"\n", b"\r\n")),
         ("no-last-newline.csv", CSV[:-1]),
         ("a.jsonl", JSON),
         ("a.ndjson", JSON),
         ("a.json", JSON[:-1]),
-        ("a.jsonl.gz", gzip.compress(JSON)),
+        ("a.jsonl.gz", gzip.compress(JSON, mtime=0)),
         ("a.parquet", parquet()),
     ],
 )
@@ -142,16 +142,16 @@ def test_bad_json_lines_are_numbered_and_the_others_go_on(tmp_path: Path) -> Non
     [
         ("a.csv", b"", "empty"),
         ("a.parquet", b"", "empty"),
-        ("a.csv.gz", gzip.compress(b""), "columns"),
+        ("a.csv.gz", gzip.compress(b"", mtime=0), "columns"),
         ("a.csv", b"\n\n", "columns"),
         ("a.csv", b"at,thing\n1,2\n", r"lacks the columns \['item', 'tags'\].*thing"),
         ("a.csv", CSV.replace(b",", b";"), "lacks the columns"),
         ("a.csv", CSV.replace(b"unused", b"item"), r"more than one column called \['item'\]"),
         ("a.csv", b"at,item,tags\n1,2\n3,4\n", "no row fits the header"),
-        ("a.csv.gz", gzip.compress(CSV * 1000)[:-20], "[Tt]runcated"),
-        ("a.csv.gz", gzip.compress(CSV) + b"garbage", "cannot be read"),
+        ("a.csv.gz", gzip.compress(CSV * 1000, mtime=0)[:-20], "[Tt]runcated"),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0) + b"garbage", "cannot be read"),
         ("a.csv.gz", CSV, "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(JSON * 1000)[:-20], "[Tt]runcated"),
+        ("a.jsonl.gz", gzip.compress(JSON * 1000, mtime=0)[:-20], "[Tt]runcated"),
         ("a.jsonl", b'[\n{"at":1}\n]\n'.replace(b"1}", b"1},"), "no line is a JSON object"),
         ("a.jsonl", b'{"at":1,"thing":2}\n', r"lacks the columns \['item', 'tags'\].*thing"),
         ("a.parquet", b"PAR1 not really", "cannot be read"),
@@ -205,7 +205,7 @@ def test_batches_of_a_large_file_are_bounded(tmp_path: Path, name: str, monkeypa
     monkeypatch.setattr(landing_module, "CSV_BLOCK_BYTES", 32_000)
     content = {"csv": CSV + b"2024-01-02,b,,2\n" * 49_998, "jsonl": JSON * 25_000, "parquet": parquet(50_000, 50_000)}
     plain = content[name.split(".")[1]]
-    batches = read(tmp_path, name, gzip.compress(plain, 1) if name.endswith("gz") else plain)
+    batches = read(tmp_path, name, gzip.compress(plain, 1, mtime=0) if name.endswith("gz") else plain)
     assert rows(batches) == list(range(1, 50_001))
     assert max(batch.columns.num_rows for batch in batches) <= 2100
 
@@ -248,7 +248,7 @@ def test_a_missing_folder_says_the_way_out(tmp_path: Path) -> None:
 
 def test_any_fsspec_address_can_be_a_landing_folder() -> None:
     system = fsspec.filesystem("memory")
-    for name, content in {"a.csv": CSV, "b.jsonl.gz": gzip.compress(JSON), "c.parquet": parquet()}.items():
+    for name, content in {"a.csv": CSV, "b.jsonl.gz": gzip.compress(JSON, mtime=0), "c.parquet": parquet()}.items():
         system.pipe(f"/landing-test/{name}", content)
     try:
         found = list_landing("memory://landing-test").files
