@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--between-hours", type=int, default=48)
     parser.add_argument("--rows", type=int, default=4_000, help="an hour")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2], help="sampling.replay_share")
+    parser.add_argument("--age-power", type=float, default=0.0, help="sampling.replay_age_power")
     parser.add_argument("--capacity", type=int, default=100_000, help="sampling.replay_capacity")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -58,7 +59,7 @@ def main() -> None:
     for seed in range(options.seeds):
         old, between = _stream(options.change, options.old_hours, options.between_hours, options.rows, seed)
         for share, lines in results.items():
-            sampling = SamplingConfig(replay_share=share, replay_capacity=options.capacity)
+            sampling = SamplingConfig(replay_share=share, replay_capacity=options.capacity, replay_age_power=options.age_power)
             lines.append(_run(old, between, Model(synthetic_spec(), sampling, seed)))
     _print_table(results, options)
 

@@ -246,6 +246,9 @@ class SamplingConfig(_Part):
     replay_capacity: Annotated[int, Field(ge=2, le=10_000_000)] = 100_000
     """Past rows kept with the model at most: half of them clicks, half not, of each a uniform sample of all that were ever
     learned. Another capacity starts the sample anew."""
+    replay_age_power: Annotated[float, Field(ge=0, le=4)] = 0.0
+    """Above 0: a held row is the likelier to be replayed the older it is, in proportion to its hours to this power; 0 for all
+    alike."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

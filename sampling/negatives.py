@@ -308,16 +308,6 @@ class _Batches:
         return live.pair_R[row_D], row_D
 
 
-def _exponent(law: Law, power: float) -> float:
-    match law:
-        case "uniform":
-            return 0.0
-        case "popularity":
-            return power
-        case "in_batch":
-            return 1.0
-
-
 def _reject(click_D: I64, own: _Own, draw: _Draw) -> tuple[I64, I64]:
     """Draws until no draw is an item of its click's user; pairs and rows, -1 where it was given up."""
     pair_D, item_D = np.full(len(click_D), -1), np.full(len(click_D), -1)

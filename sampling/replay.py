@@ -82,18 +82,22 @@ class Reservoir:
         after = replace(self, number_K=number[kept], stratum_K=stratum[kept], seen_S=seen_S)
         return after, kept[kept < self.num_rows], kept[kept >= self.num_rows] - self.num_rows
 
-    def draw(self, num_rows: int, seed: Sequence[int]) -> tuple[I64, F64]:
+    def draw(self, num_rows: int, seed: Sequence[int], preference_K: F64 | None = None) -> tuple[I64, F64]:
         """Rows to replay, without replacement, of each stratum in proportion to what was seen of it, as far as it goes.
+
+        Args:
+            preference_K: above 0; within its stratum, each next row is drawn with a probability in proportion to it (Efraimidis
+                & Spirakis 2006, "Weighted random sampling with a reservoir"). None: all alike.
 
         Returns:
             `[M]` places of held rows, M at most `num_rows`, and weights of mean 1: the share of each stratum among all that was
-            seen, over its share among the drawn. One over the weight is in proportion to the row's inclusion probability,
-            held and drawn.
+            seen, over its share among the drawn. With no preference, one over the weight is in proportion to the row's
+            inclusion probability, held and drawn; with one, the rows stand for the past as the preference weighs it.
         """
         share_S = self.seen_S / max(int(self.seen_S.sum()), 1)
         take_S = np.minimum(np.maximum(np.round(share_S * num_rows), self.held_S > 0), self.held_S).astype(np.int64)
-        number_K = np.random.default_rng(list(seed)).random(self.num_rows)
-        order = np.lexsort((number_K, self.stratum_K))
+        number_K = np.random.default_rng(list(seed)).standard_exponential(self.num_rows)
+        order = np.lexsort((number_K if preference_K is None else number_K / preference_K, self.stratum_K))
         rank = np.arange(len(order)) - np.searchsorted(self.stratum_K[order], self.stratum_K[order])
         drawn = np.sort(order[rank < take_S[self.stratum_K[order]]])
         weight_S = share_S * take_S.sum() / np.maximum(take_S, 1)

@@ -82,15 +82,17 @@ class ReplayMemory:
         window: EncodedWindow,
         spec: DatasetSpec,
         ids: IdTables,
-        share: float,
+        config: SamplingConfig,
         *,
         seed: Sequence[int],
         hour: int,
     ) -> EncodedWindow:
-        """The window's rows, then past ones, so many that they are `share` of both in number and in weight."""
+        """The window's rows, then past ones, so many that they are `replay_share` of both in number and in weight."""
+        share = config.replay_share
         if self.held is None or share == 0 or not window.num_rows:
             return window
-        rows, weights_M = self.reservoir.draw(round(window.num_rows * share / (1 - share)), seed)
+        preference_K = np.maximum(hour - self.held.examples.hour_R, 1).astype(np.float64) ** config.replay_age_power
+        rows, weights_M = self.reservoir.draw(round(window.num_rows * share / (1 - share)), seed, preference_K)
         if not len(rows):
             return window
         past = self.held.take(rows)
@@ -177,7 +179,7 @@ def with_replay(
     hour: int,
 ) -> SampledWindow:
     """The window with past rows behind its own; in a stratum of their own, where batches mirror strata."""
-    window = replay.mixed(sampled.window, spec, ids, config.replay_share, seed=[*seed, 3], hour=hour)
+    window = replay.mixed(sampled.window, spec, ids, config, seed=[*seed, 3], hour=hour)
     num_past = window.num_rows - sampled.window.num_rows
     if not num_past:
         return sampled

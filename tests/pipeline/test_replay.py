@@ -43,7 +43,7 @@ def test_a_replayed_row_is_the_row_as_it_was_first_learned(spec: DatasetSpec, sm
     assert replay.held is not None
     assert replay.held.examples.num_rows == 60
     now = encode(small_examples(100, seed=9, hour=3), spec, memory, windows[0].moments, hour=3)
-    mixed = replay.mixed(now, spec, IdTables(spec), 0.25, seed=[0], hour=3)
+    mixed = replay.mixed(now, spec, IdTables(spec), SAMPLING, seed=[0], hour=3)
     assert mixed.num_rows - 100 == round(100 / 3)
     own = {_key(window, row): window.minibatch(np.array([row])) for window in windows for row in range(100)}
     for row in range(100, mixed.num_rows):
@@ -65,7 +65,7 @@ def test_past_rows_have_their_share_of_the_weight(spec: DatasetSpec, small_examp
     replay, memory, windows = _hours(spec, small_examples, 3)
     examples = small_examples(120, seed=9, hour=3).with_weights(np.full(120, 5.0, np.float32))
     now = encode(examples, spec, memory, windows[0].moments, hour=3)
-    mixed = replay.mixed(now, spec, IdTables(spec), 0.25, seed=[0], hour=3)
+    mixed = replay.mixed(now, spec, IdTables(spec), SAMPLING, seed=[0], hour=3)
     assert mixed.weights_R[120:].sum() / mixed.weights_R.sum() == pytest.approx(0.25, rel=1e-5)
     seen = np.concatenate([window.labels_R for window in windows]).mean()
     assert np.average(mixed.labels_R[120:], weights=mixed.weights_R[120:]) == pytest.approx(seen, rel=1e-5)
@@ -100,3 +100,17 @@ def test_going_on_from_a_checkpoint_equals_not_having_stopped(
     larger = SAMPLING.model_copy(update={"replay_capacity": 80})
     assert ReplayMemory.load(replay.arrays(), larger, spec, dense).held is None
     assert ReplayMemory.load(replay.arrays(), SAMPLING, spec, dense + 1).held is None
+
+
+@pytest.mark.parametrize(("power", "expected"), [(0.0, 2.5), (2.0, 100 / 30)])
+def test_with_an_age_power_older_rows_come_back_more_often(
+    spec: DatasetSpec, small_examples: Callable[..., Examples], power: float, expected: float
+) -> None:
+    replay, memory, windows = _hours(spec, small_examples, 4)
+    now = encode(small_examples(3, seed=9, hour=4), spec, memory, windows[0].moments, hour=4)
+    age = {_key(window, row): 4 - hour for hour, window in enumerate(windows) for row in range(100)}
+    sampling, ages = SAMPLING.model_copy(update={"replay_age_power": power}), []
+    for seed in range(400):
+        mixed = replay.mixed(now, spec, IdTables(spec), sampling, seed=[seed], hour=4)
+        ages += [age[_key(mixed, row)] for row in range(3, mixed.num_rows)]
+    assert np.mean(ages) == pytest.approx(expected, abs=0.2)

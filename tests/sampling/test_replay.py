@@ -74,3 +74,18 @@ def test_an_empty_reservoir_replays_nothing() -> None:
 def test_fewer_places_than_strata_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one row for each of 2 strata"):
         Reservoir.empty(capacity=1, num_strata=2)
+
+
+def test_a_preferred_row_is_drawn_in_proportion_and_strata_keep_their_shares() -> None:
+    reservoir, rows = _offer_all(_windows(), seed=3, capacity=100)
+    preference = np.where(rows < 60, 3.0, 1.0)
+    first_draws = np.zeros(reservoir.num_rows)
+    for seed in range(4000):
+        drawn, weights = reservoir.draw(1, [seed], preference)  # one of each stratum
+        first_draws[drawn] += 1
+        assert sorted(weights) == sorted(reservoir.draw(1, [seed])[1])
+    for stratum in (0, 1):
+        chosen = reservoir.stratum_K == stratum
+        expected = preference[chosen] / preference[chosen].sum()
+        error = np.sqrt(expected * (1 - expected) / 4000)
+        assert (np.abs(first_draws[chosen] / 4000 - expected) < 4.5 * error).all()
