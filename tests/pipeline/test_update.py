@@ -553,7 +553,7 @@ def test_random_state_is_restored(config: UpdateConfig, monkeypatch: pytest.Monk
 
 def test_labels_of_an_hour_do_not_reach_that_hours_inputs(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two streams that differ in the labels of their last hour alone: what the model is fed in that hour is the same."""
-    import pipeline.update as update
+    import pipeline.data.window_rows as window_rows
 
     fed: list[EncodedWindow] = []
 
@@ -561,7 +561,7 @@ def test_labels_of_an_hour_do_not_reach_that_hours_inputs(config: UpdateConfig, 
         fed.append(encode(*args, **more))  # type: ignore[arg-type]
         return fed[-1]
 
-    monkeypatch.setattr(update, "encode", encode_and_record)
+    monkeypatch.setattr(window_rows, "encode", encode_and_record)
     for name, labels in (("first", 1), ("second", 0)):
         stream = config.model_copy(
             update={"landing": f"{config.landing}/{name}", "state_dir": config.state_dir / name, "model_name": name}

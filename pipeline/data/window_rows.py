@@ -1,0 +1,108 @@
+"""A window's rows, read and encoded: what is evaluated and learned.
+
+Enters: a `Window` and the model's memory. Leaves: `WindowRows`, drawn negatives included.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from data_schemas.dataset import DatasetSpec
+from data_schemas.examples import F32, I64, Examples
+from models.id_table import IdFigures
+from pipeline.config import UpdateConfig
+from pipeline.data.encode import EncodedWindow, encode
+from pipeline.data.lake import ClickLog, RowRange
+from pipeline.data.loader import columns_to_read, to_examples
+from pipeline.data.negatives import with_negatives
+from pipeline.data.windows import Window, read_window
+from pipeline.evaluation.score import probabilities
+from pipeline.model_state import ModelState
+from pipeline.training.sampling import SampledWindow
+
+SAMPLE_ROWS = 5
+"""Raw rows that go with the registered model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRows:
+    """A window's rows in both forms, and those that are evaluated."""
+
+    examples: Examples
+    """Those of the click log, then negatives that were drawn, where the log has none."""
+    encoded: EncodedWindow
+    num_logged: int
+    """Rows of the click log: what is counted, remembered and consumed."""
+    judged_weights_R: F32
+    """Of the rows where they are evaluated."""
+    evaluated: I64
+    """Rows that are new to the model, in a random order, so that any prefix is a uniform sample of them.
+
+    Rows that an earlier window did not reach are left out: counters know what happened around them by now.
+    """
+    seed: tuple[int, ...]
+    sample: pd.DataFrame
+    """The first rows as they stand in the click log."""
+    ids: Mapping[str, IdFigures] = field(default_factory=dict)
+    """What the window did to admitted ids, once it was counted."""
+    notes: tuple[str, ...] = ()
+    """What was drawn."""
+    learned: SampledWindow | None = None
+    """As the rows were learned."""
+
+
+def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec, config: UpdateConfig) -> WindowRows:
+    """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
+    table = read_window(click_log, window, columns_to_read(spec))
+    seed = (state.learner.config.seed, window.end)
+
+    def encoded(examples: Examples) -> EncodedWindow:
+        return encode(examples, spec, state.memory, state.moments, hour=window.start, ids=state.ids)
+
+    drawn = with_negatives(
+        to_examples(table, spec),
+        spec,
+        config.sampling,
+        seed=[*seed, 2],
+        scores=lambda candidates: _scores(state, encoded(candidates)),
+        before=_trailing_rows(click_log, window, spec, config.sampling.negatives_trailing_hours),
+    )
+    examples = drawn.examples
+    new = np.flatnonzero(examples.hour_R >= window.start)
+    return WindowRows(
+        examples=examples,
+        encoded=replace(encoded(examples), logit_shifts_R=drawn.shift_R),
+        num_logged=drawn.num_logged,
+        judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
+        evaluated=np.random.default_rng([*seed, 1]).permutation(new),
+        seed=seed,
+        sample=_raw_sample(table),
+        notes=drawn.notes,
+    )
+
+
+def _trailing_rows(click_log: ClickLog, window: Window, spec: DatasetSpec, trailing_hours: int) -> Examples | None:
+    """Rows of the hours before the window, where the settings let negatives come from them."""
+    if not trailing_hours:
+        return None
+    files = [file for file in click_log.files(window.log_version) if window.start - trailing_hours <= file.hour < window.start]
+    if not files:
+        return None
+    ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in files]
+    return to_examples(click_log.read(ranges, columns_to_read(spec)), spec)
+
+
+def _scores(state: ModelState, encoded: EncodedWindow) -> F32:
+    learner = state.learner
+    return probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
+
+
+def _raw_sample(table: pa.Table) -> pd.DataFrame:
+    """A few rows as a caller of the published model would send them."""
+    columns = [name for name in table.column_names if name != "label"]
+    frame: pd.DataFrame = table.slice(0, SAMPLE_ROWS).select(columns).to_pandas(integer_object_nulls=True)
+    frame["event_time"] = frame["event_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return frame.astype({name: "object" for name in columns if isinstance(frame[name].dtype, pd.CategoricalDtype)})
