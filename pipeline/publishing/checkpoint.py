@@ -31,8 +31,9 @@ from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint
 from models.embeddings import EmbeddingTables, TableSlice
 from pipeline.data.lake import LogFile
+from pipeline.data.lineage import Piece
 from pipeline.data.normalise import RunningMoments
-from pipeline.data.windows import Cursor, Piece
+from pipeline.data.windows import Cursor
 from pipeline.outcome import PlanRecord
 from pipeline.training.processes import Processes
 
