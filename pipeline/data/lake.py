@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -134,6 +135,21 @@ class _DeltaLog:
         """See what other processes have committed."""
         with _blaming_storage(self._root):
             self._table.update_incremental()
+
+    def active_paths(self) -> set[str]:
+        """Files of the version that this object sees, relative to `root`."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        return set(actions.column("path").to_pylist()) if actions.num_rows else set()
+
+    def removed_since(self, moment: datetime) -> set[str]:
+        """Files that a commit written since has taken out, by the clock of the disk; readers of older versions may be at them.
+
+        Args:
+            moment: aware.
+        """
+        commits = (path for path in (self._root / "_delta_log").glob("*.json") if path.stat().st_mtime >= moment.timestamp())
+        lines = (json.loads(line) for path in commits for line in path.read_text(encoding="utf-8").splitlines())
+        return {unquote(action["remove"]["path"]) for action in lines if "remove" in action}
 
     def has_ingested(self, fingerprint: str) -> bool:
         """Whether a commit carries this fingerprint."""
@@ -472,6 +488,19 @@ class Quarantine(_DeltaLog):
     def write(self, file: str, now: datetime) -> "RejectedRows":
         """A writer of rejected rows of `file`."""
         return RejectedRows(self._root, file, now)
+
+    def remove_older(self, moment: datetime, *, dry_run: bool = False) -> list[str]:
+        """Takes out the rows of files that came before `moment` (aware); the files, relative to `root`, stay on disk."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        if not actions.num_rows:
+            return []
+        came = zip(actions.column("path").to_pylist(), actions.column("modification_time").to_pylist(), strict=True)
+        old = [path for path, at_ms in came if at_ms < 1000 * moment.timestamp()]
+        if old and not dry_run:
+            now = int(time.time() * 1000)
+            removes = [RemoveAction(path=p, deletion_timestamp=now, data_change=True, partition_values={}) for p in old]
+            self._commit([], {f"retention-{uuid.uuid4()}": 1}, {}, removes)
+        return old
 
     def rows(self) -> pa.Table:
         """All of it, newest commits last: `file`, `row`, `reason`, `raw`, `ingested_at`."""
