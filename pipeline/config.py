@@ -326,6 +326,28 @@ class TrackingConfig(_Part):
     """Registered versions whose files are kept."""
 
 
+class MaintenanceConfig(_Part):
+    """What the flows `compact` and `vacuum` do, and how long everything is kept."""
+
+    compact_files: Annotated[int, Field(ge=2)] = 4
+    """An hour of the click log with at least so many files is rewritten into one."""
+    compact_after_hours: Annotated[int, Field(ge=0)] = 2
+    """The newest hours of the click log are left alone: files still arrive for them."""
+    removed_files_hours: Annotated[float, Field(ge=1)] = 168.0
+    """Files that compaction or a replaced hour took out of the click log stay on disk for so long; longer than any update
+    or reader of yours needs."""
+    orphan_hours: Annotated[float, Field(ge=1)] = 24.0
+    """Files that no commit ever named, of a killed process, go after so long; longer than any ingest takes."""
+    log_days: Annotated[int, Field(ge=0)] = 0
+    """Hours of the click log that ended longer ago leave it, but for files with rows that a model has not learned yet;
+    0 keeps all."""
+    quarantine_days: Annotated[int, Field(ge=0)] = 90
+    """The same for rejected rows, from when they came; 0 keeps all."""
+    runs_days: Annotated[int, Field(ge=0)] = 0
+    """MLflow runs of updates that ended longer ago are deleted, with their artifacts, but for the champion's and the timeline;
+    0 keeps all."""
+
+
 class UpdateConfig(BaseSettings):
     """One update: rows in, a deadline, a fresh model out."""
 
@@ -350,6 +372,7 @@ class UpdateConfig(BaseSettings):
     budget: BudgetConfig = BudgetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    maintenance: MaintenanceConfig = MaintenanceConfig()
 
     @model_validator(mode="after")
     def _reference_fits(self) -> Self:

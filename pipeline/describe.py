@@ -107,6 +107,8 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows:
         yield f"{capped:,} rows over window.max_rows wait for the next update"
     if window.late_rows:
         yield f"{window.late_rows:,} rows came late, for hours before this window"
+    if window.removed_rows:
+        yield f"{window.removed_rows:,} rows that were waiting have left the click log: their hour was replaced or outlived it"
     if learned.skipped_steps:
         yield f"{learned.skipped_steps} steps over {learned.skipped_rows:,} rows were skipped, their loss was not finite"
     if measured and measured.rows < num_rows:

@@ -17,11 +17,12 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction, Transaction
+from deltalake.transaction import AddAction, RemoveAction, Transaction
 
 from data_schemas.click_log import PARTITION_COLUMNS, RejectedRow, click_log_schema
 from data_schemas.dataset import DatasetSpec
@@ -62,6 +63,9 @@ _ROWS_READ = "tidemark-rows-read"
 """Application id that every commit of the click log moves. Delta refuses two commits that move it from one version,
 which serialises writers: no two of them can miss each other's event keys. Its number is the count of rows read."""
 
+_REWRITES = "tidemark-rewrites"
+"""Name in a commit's metadata of what became of the rows of files that it removed; `lineage` reads it."""
+
 _QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("file", pa.string(), nullable=False),
@@ -82,6 +86,12 @@ class LogFile:
     path: str
     """Relative to the table, as in the Delta log."""
     num_rows: int
+
+    @property
+    def source(self) -> str:
+        """The landing file that it came from, as it stands in the path; empty where nothing was said."""
+        found = re.fullmatch(r"part-(.*)-\d{5,}-[0-9a-f-]{36}\.parquet", Path(self.path).name)
+        return found[1] if found else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +136,38 @@ class _DeltaLog:
         with _blaming_storage(self._root):
             self._table.update_incremental()
 
+    def active_paths(self) -> set[str]:
+        """Files of the version that this object sees, relative to `root`."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        return set(actions.column("path").to_pylist()) if actions.num_rows else set()
+
+    def removed_since(self, moment: datetime) -> set[str]:
+        """Files that a commit written since has taken out, by the clock of the disk; readers of older versions may be at them.
+
+        Args:
+            moment: aware.
+        """
+        commits = (path for path in (self._root / "_delta_log").glob("*.json") if path.stat().st_mtime >= moment.timestamp())
+        lines = (json.loads(line) for path in commits for line in path.read_text(encoding="utf-8").splitlines())
+        return {unquote(action["remove"]["path"]) for action in lines if "remove" in action}
+
     def has_ingested(self, fingerprint: str) -> bool:
         """Whether a commit carries this fingerprint."""
         return self._table.transaction_version(fingerprint) is not None
 
-    def _commit(self, actions: Sequence[AddAction], transactions: Mapping[str, int], metadata: Mapping[str, Any]) -> int:
+    def _commit(
+        self,
+        actions: Sequence[AddAction],
+        transactions: Mapping[str, int],
+        metadata: Mapping[str, Any],
+        removes: Sequence[RemoveAction] = (),
+    ) -> int:
         """All or nothing: where it fails, the files of `actions` are removed; they stay where nobody can tell."""
         before = self.version
         try:
             _synchronise([self._root / action.path for action in actions])
             with _blaming_storage(self._root):
-                self._create_transaction(actions, transactions, metadata)
+                self._create_transaction([*actions, *removes], transactions, metadata)
                 self._table.update_incremental()
         except DataError as error:
             if isinstance(error, CommitConflict) or not self._was_committed(transactions):
@@ -148,7 +179,7 @@ class _DeltaLog:
         return self.version
 
     def _create_transaction(
-        self, actions: Sequence[AddAction], transactions: Mapping[str, int], metadata: Mapping[str, Any]
+        self, actions: Sequence[AddAction | RemoveAction], transactions: Mapping[str, int], metadata: Mapping[str, Any]
     ) -> None:
         properties = CommitProperties(
             custom_metadata=dict(metadata),
@@ -213,21 +244,53 @@ class ClickLog(_DeltaLog):
                 "if it was replaced, start the model anew with another state folder"
             ) from error
 
-    def added_between(self, old: int | None, new: int) -> list[LogFile]:
-        """Files active at version `new` that were not at `old`; all of them, where `old` is None.
+    def rewrites(self, old: int, new: int) -> Iterator[Mapping[str, Any]]:
+        """What the commits after version `old` up to `new` say of files that they wrote anew, in order.
 
         Raises:
-            DataError: files of version `old` have been rewritten since, so that what is new in them cannot be told.
+            DataError: one of these commits is no longer kept.
         """
-        known = set() if old is None else {file.path for file in self.files(old)}
-        active = self.files(new)
-        if rewritten := known - {file.path for file in active}:
-            raise DataError(
-                f"{len(rewritten)} files of the click log's version {old} were rewritten or removed by version {new} "
-                f"({min(rewritten)} is one): which rows are new cannot be told. Restore version {old} with DeltaTable.restore, "
-                "or start a new model under another model_name"
+        for version in range(old + 1, new + 1):
+            path = self._root / "_delta_log" / f"{version:020d}.json"
+            try:
+                actions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"commit {version} of the click log at {self._root} cannot be read ({error}); the log keeps a year. "
+                    "Restore it from a backup, or start a new model under another model_name"
+                ) from error
+            for action in actions:
+                yield from action.get("commitInfo", {}).get(_REWRITES, ())
+
+    def rewrite(
+        self, rewrites: Sequence[Mapping[str, Any]], added: Sequence[LogFile], removed: Sequence[LogFile], *, data_change: bool
+    ) -> int:
+        """Put files into the place of others, all at once.
+
+        Args:
+            rewrites: what `rewrites` will say of it.
+            added: as `HourFiles.close` returned them.
+            removed: active files, which stay on disk until they are vacuumed.
+            data_change: False where the rows stay as they are.
+
+        Returns:
+            The new version.
+
+        Raises:
+            CommitConflict, DataError: as `append`; `added` are gone then.
+        """
+        adds = [replace(self._add(file), data_change=data_change) for file in added]
+        removes = [
+            RemoveAction(
+                path=file.path,
+                deletion_timestamp=int(time.time() * 1000),
+                data_change=data_change,
+                partition_values=_partition_of(file.hour),
             )
-        return [file for file in active if file.path not in known]
+            for file in removed
+        ]
+        transactions = {f"rewrite-{uuid.uuid4()}": 1, _ROWS_READ: self.rows_read}
+        return self._commit(adds, transactions, {_REWRITES: list(rewrites)}, removes)
 
     def append(
         self, files: Sequence[LogFile], app_id: str, metadata: Mapping[str, Any] | None = None, rows_read: int = 0
@@ -265,6 +328,10 @@ class ClickLog(_DeltaLog):
         """The latest hour that has rows, since 1970-01-01T00Z; None for an empty log."""
         files = self.files()
         return files[-1].hour if files else None
+
+    def size_of(self, file: LogFile) -> int:
+        """Bytes on disk."""
+        return (self._root / file.path).stat().st_size
 
     def keys_of(self, files: Sequence[LogFile]) -> U64:
         """Event keys of all rows of `files`."""
@@ -309,11 +376,10 @@ class ClickLog(_DeltaLog):
         return pa.schema([_encoded_field(self._schema.field(name)) for name in columns]).empty_table()
 
     def _add(self, file: LogFile) -> AddAction:
-        moment = _moment_of(file.hour)
         return AddAction(
             path=file.path,
             size=(self._root / file.path).stat().st_size,
-            partition_values={"event_date": f"{moment:%Y-%m-%d}", "event_hour": str(moment.hour)},
+            partition_values=_partition_of(file.hour),
             modification_time=int(time.time() * 1000),
             data_change=True,
             stats=json.dumps({"numRecords": file.num_rows}),
@@ -422,6 +488,19 @@ class Quarantine(_DeltaLog):
     def write(self, file: str, now: datetime) -> "RejectedRows":
         """A writer of rejected rows of `file`."""
         return RejectedRows(self._root, file, now)
+
+    def remove_older(self, moment: datetime, *, dry_run: bool = False) -> list[str]:
+        """Takes out the rows of files that came before `moment` (aware); the files, relative to `root`, stay on disk."""
+        actions = pa.table(self._table.get_add_actions(flatten=True))
+        if not actions.num_rows:
+            return []
+        came = zip(actions.column("path").to_pylist(), actions.column("modification_time").to_pylist(), strict=True)
+        old = [path for path, at_ms in came if at_ms < 1000 * moment.timestamp()]
+        if old and not dry_run:
+            now = int(time.time() * 1000)
+            removes = [RemoveAction(path=p, deletion_timestamp=now, data_change=True, partition_values={}) for p in old]
+            self._commit([], {f"retention-{uuid.uuid4()}": 1}, {}, removes)
+        return old
 
     def rows(self) -> pa.Table:
         """All of it, newest commits last: `file`, `row`, `reason`, `raw`, `ingested_at`."""
@@ -624,6 +703,11 @@ def _hour_of(date: str, hour: int) -> int:
 
 def _moment_of(hour: int) -> datetime:
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(hours=hour)
+
+
+def _partition_of(hour: int) -> dict[str, str | None]:
+    moment = _moment_of(hour)
+    return {"event_date": f"{moment:%Y-%m-%d}", "event_hour": str(moment.hour)}
 
 
 def _overlapping(metadata: Any, wanted: RowRange) -> tuple[list[int], int]:

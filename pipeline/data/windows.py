@@ -6,40 +6,18 @@ kills, retries and missed hours.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from data_schemas.errors import CheckpointError
 from pipeline.config import WindowConfig
-from pipeline.data.lake import ClickLog, LogFile, RowRange
-
-Mask = npt.NDArray[np.bool_]
+from pipeline.data.lake import ClickLog, RowRange
+from pipeline.data.lineage import Mask, Piece, added_between, carry, merged
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Some rows of one file of the click log."""
-
-    file: LogFile
-    mask: Mask | None = None
-    """`[file.num_rows]`, True for the rows that belong; None: all of them."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that belong."""
-        return self.file.num_rows if self.mask is None else int(self.mask.sum())
-
-    def split(self, num_rows: int) -> tuple["Piece", "Piece"]:
-        """The first `num_rows` rows, and the others."""
-        mask = np.ones(self.file.num_rows, bool) if self.mask is None else self.mask
-        first = mask & (np.cumsum(mask) <= num_rows)
-        return replace(self, mask=first), replace(self, mask=mask & ~first)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +48,8 @@ class Window:
     """New rows whose hour lies before `start`; rows that an earlier window did not reach are not among them."""
     left: tuple[Piece, ...]
     """Rows waiting in the click log for a later window."""
+    removed_rows: int = 0
+    """Rows that were pending and have left the click log on purpose since."""
 
     @property
     def num_rows(self) -> int:
@@ -93,13 +73,8 @@ def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: dateti
     """
     version = log.version
     _check_same_log(log, cursor)
-    waiting = sorted(
-        [
-            *_still_there(log, cursor, version),
-            *(Piece(file=file) for file in log.added_between(cursor.log_version, version)),
-        ],
-        key=lambda piece: (piece.file.hour, piece.file.path),
-    )
+    pending = _still_there(log, cursor, version)
+    waiting = merged([*pending, *added_between(log, cursor.log_version, version)])
     on_time = [piece.file.hour for piece in waiting if cursor.window_end is None or piece.file.hour >= cursor.window_end]
     if not on_time:
         return None
@@ -115,7 +90,8 @@ def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: dateti
         log_id=log.table_id,
         log_version=version,
         pieces=tuple(taken),
-        late_rows=_late_rows(taken, cursor, start),
+        late_rows=_late_rows(taken, pending, cursor, start),
+        removed_rows=sum(piece.num_rows for piece in cursor.pending) - sum(piece.num_rows for piece in pending),
         left=(*left, *(piece for piece in waiting if piece.file.hour >= end)),
     )
 
@@ -147,11 +123,12 @@ def _check_same_log(log: ClickLog, cursor: Cursor) -> None:
         )
 
 
-def _late_rows(taken: Iterable[Piece], cursor: Cursor, start: int) -> int:
+def _late_rows(taken: Iterable[Piece], pending: Iterable[Piece], cursor: Cursor, start: int) -> int:
     if cursor.window_end is None:
         return 0
-    waited = {piece.file.path for piece in cursor.pending}
-    return sum(piece.num_rows for piece in taken if piece.file.hour < start and piece.file.path not in waited)
+    waited = {piece.file.path: piece.rows for piece in pending}
+    late = (piece for piece in taken if piece.file.hour < start)
+    return sum(int((piece.rows & ~waited.get(piece.file.path, np.False_)).sum()) for piece in late)
 
 
 def _aligned_end(hour: int, config: WindowConfig) -> int:
@@ -175,17 +152,14 @@ def _cap(pieces: Iterable[Piece], max_rows: int) -> tuple[list[Piece], list[Piec
     return taken, left
 
 
-def _still_there(log: ClickLog, cursor: Cursor, version: int) -> tuple[Piece, ...]:
-    if not cursor.pending:
-        return ()
-    active = {file.path for file in log.files(version)}
-    for piece in cursor.pending:
-        if piece.file.path not in active:
-            raise CheckpointError(
-                f"{piece.num_rows} rows are still to be learned from {piece.file.path}, which is no longer in the click "
-                "log; restore it, or start a new model under another model_name"
-            )
-    return cursor.pending
+def _still_there(log: ClickLog, cursor: Cursor, version: int) -> list[Piece]:
+    pending, lost = carry(log, cursor.pending, cursor.log_version or 0, version)
+    for piece in lost:
+        raise CheckpointError(
+            f"{piece.num_rows} rows are still to be learned from {piece.file.path}, which is no longer in the click "
+            "log; restore it, or start a new model under another model_name"
+        )
+    return pending
 
 
 def _unreached(pieces: Iterable[Piece], unreached: Mask) -> Iterable[Piece]:

@@ -31,8 +31,9 @@ from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint
 from models.embeddings import EmbeddingTables, TableSlice
 from pipeline.data.lake import LogFile
+from pipeline.data.lineage import Piece
 from pipeline.data.normalise import RunningMoments
-from pipeline.data.windows import Cursor, Piece
+from pipeline.data.windows import Cursor
 from pipeline.outcome import PlanRecord
 from pipeline.training.processes import Processes
 
@@ -318,10 +319,10 @@ def pack_pending(cursor: Cursor) -> tuple[tuple[PendingRows, ...], dict[str, tor
     return tuple(rows), bitmaps
 
 
-def load_cursor(model_dir: Path, manifest: Manifest) -> Cursor:
-    """What the checkpoint's model has consumed."""
+def load_cursor(model_dir: Path, manifest: Manifest, *, undone: bool = False) -> Cursor:
+    """What the checkpoint's model has consumed; of a version that was `undone` where that is asked for."""
     bitmaps: dict[str, torch.Tensor] = {}
-    for path in _files(model_dir, manifest, "pending"):
+    for path in _files(model_dir, manifest, "pending", undone=undone):
         bitmaps |= load_file(path)
     pieces = []
     for rows in manifest.pending:
@@ -400,8 +401,8 @@ def _by_key(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
     return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in tables.slices()}
 
 
-def _files(model_dir: Path, manifest: Manifest, content: str) -> Iterator[Path]:
-    folder = model_dir / "checkpoints" / _name(manifest.version)
+def _files(model_dir: Path, manifest: Manifest, content: str, *, undone: bool = False) -> Iterator[Path]:
+    folder = model_dir / "checkpoints" / f"{_name(manifest.version)}{UNDONE if undone else ''}"
     return (folder / part.file for part in manifest.parts if part.content == content)
 
 

@@ -221,11 +221,12 @@ def _forget_old(client: "MlflowClient", name: str, keep: int) -> None:
             continue
         client.delete_model_version(name, version.version)
         if model_id := version.tags.get(_MODEL_TAG):
-            _delete_files(client.get_logged_model(model_id).artifact_location)
+            delete_files(client.get_logged_model(model_id).artifact_location)
             client.delete_logged_model(model_id)
 
 
-def _delete_files(location: str) -> None:
+def delete_files(location: str) -> None:
+    """Deletes the artifacts at an address of MLflow's."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     get_artifact_repository(location).delete_artifacts()

@@ -17,6 +17,7 @@ from data_schemas.dataset import Categorical, DatasetSpec, Numeric, TimeColumn
 from data_schemas.errors import CommitConflict, DataError, SpecError
 from pipeline.data import lake
 from pipeline.data.lake import ClickLog, LogFile, Quarantine, RowRange
+from pipeline.data.lineage import Piece, added_between
 
 SPEC = DatasetSpec(
     name="shop",
@@ -162,12 +163,12 @@ def test_a_file_that_is_not_what_the_log_says_is_named(log: ClickLog, damage: st
 def test_what_was_added_between_two_versions(log: ClickLog) -> None:
     first = write(log, {HOUR: 1}, "f1")
     second = write(log, {HOUR: 2, HOUR + 1: 2}, "f2")
-    assert log.added_between(None, 2) == sorted(first + second)
-    assert log.added_between(1, 2) == sorted(second)
-    assert log.added_between(2, 2) == []
+    assert added_between(log, None, 2) == [Piece(file=file) for file in sorted(first + second)]
+    assert added_between(log, 1, 2) == [Piece(file=file) for file in sorted(second)]
+    assert added_between(log, 2, 2) == []
     assert log.files(1) == first
     with pytest.raises(DataError, match="no version 7"):
-        log.added_between(7, 2)
+        added_between(log, 7, 2)
 
 
 def test_a_commit_without_files_remembers_its_id(log: ClickLog) -> None:

@@ -22,7 +22,8 @@ from pipeline.evaluation.metrics import Interval, measure
 from pipeline.evaluation.stability import Change, Stability
 from pipeline.outcome import LossPoint, PlanRecord, UpdateReport
 from pipeline.publishing import tracking
-from pipeline.publishing.tracking import MetricPoint, RunRecord, Tracker, open_experiment, record_of, update_id
+from pipeline.publishing.retention import delete_runs
+from pipeline.publishing.tracking import MetricPoint, RunRecord, Tracker, now_ms, open_experiment, record_of, update_id
 
 PLAN_CURVES = ("batch_size", "learning_rate", "keep_rate")
 HOUR = datetime(2026, 1, 1, 5, tzinfo=UTC)
@@ -339,3 +340,19 @@ def test_the_measures_of_steadiness_are_hourly_with_their_intervals(tmp_path: Pa
     assert {f"stability/{name}" for name in (*probed, "probe_points", "churn")} <= set(values)
     for name in ("auc_change", "log_loss_change"):
         assert [values[f"stability/{name}{end}"] for end in ("", "_low", "_high")] == [-0.01, -0.03, 0.01]
+
+
+def test_old_runs_are_deleted_but_for_the_timeline_and_that_of_a_model_with_an_alias(config: UpdateConfig) -> None:
+    runs = {hour: Tracker(config).log_update(report_at(hour), texts={"report.md": "x"}) for hour in range(3)}
+    client, _ = open_experiment(config)
+    for hour, age_days in ((0, 40), (1, 40), (2, 10)):
+        client.set_terminated(runs[hour], "FINISHED", now_ms() - age_days * 86_400_000)
+    client.create_registered_model("retained")
+    client.create_model_version("retained", source="file:///nowhere", run_id=runs[1])
+    client.set_registered_model_alias("retained", "champion", "1")
+    before = datetime.now(UTC) - timedelta(days=30)
+    assert (delete_runs(config, before, dry_run=True), len(runs_of(config))) == (1, 4)
+    assert delete_runs(config, before) == 1
+    assert sorted(runs_of(config)) == ["2026-01-01T06 hourly", "2026-01-01T07 hourly", "hourly timeline"]
+    assert not client.list_artifacts(runs[0])
+    assert delete_runs(config, before) == 0

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from data_schemas.errors import CheckpointError
 from pipeline.config import WindowConfig
 from pipeline.data.lake import LogFile
-from pipeline.data.windows import Cursor, Piece, Window, as_time, next_window
+from pipeline.data.lineage import Piece, added_between
+from pipeline.data.windows import Cursor, Window, as_time, next_window
 
 LATER = datetime(2100, 1, 1, tzinfo=UTC)
 
@@ -30,8 +31,8 @@ class FakeLog:
     def files(self, version: int | None = None) -> list[LogFile]:
         return [file for commit in self.commits[: self.version if version is None else version] for file in commit]
 
-    def added_between(self, old: int | None, new: int) -> list[LogFile]:
-        return [file for commit in self.commits[old or 0 : new] for file in commit]
+    def rewrites(self, old: int, new: int) -> list[dict[str, object]]:
+        return []
 
     def add(self, *hours_and_rows: tuple[int, int]) -> None:
         start = sum(len(commit) for commit in self.commits)
@@ -147,7 +148,8 @@ def test_every_row_is_learned_once(
             log.add((cursor.window_end, 1)) if cursor.pending else None
     everything = {(file.path, row) for file in log.files() for row in range(file.num_rows)}
     waiting = {(piece.file.path, row) for piece in cursor.pending for row in _rows(piece)}
-    waiting |= {(f.path, row) for f in log.added_between(cursor.log_version, log.version) for row in range(f.num_rows)}
+    added = added_between(log, cursor.log_version, log.version)  # type: ignore[arg-type]
+    waiting |= {(piece.file.path, row) for piece in added for row in _rows(piece)}
     assert len(learned) == len(set(learned))
     assert set(learned) | waiting == everything
     assert not set(learned) & waiting
