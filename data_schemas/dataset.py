@@ -86,8 +86,8 @@ class Clicks(_Declared):
     value: str = "click"
     """With `column`: what it says of a click; all other rows are impressions."""
     files: str = ""
-    """Pattern of the paths of files that hold clicks only, such as `*clicks*`. They need the time and the columns of the event
-    key, under the same names."""
+    """Pattern of files that hold clicks only, compared from the right: `clicks-*` for names, `clicks/*` for those of a folder.
+    They need the time and the columns of the event key, under the same names."""
 
     @model_validator(mode="after")
     def _can_be_told(self) -> Self:
