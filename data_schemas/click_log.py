@@ -9,7 +9,7 @@ Letters: R rows, D distinct values of a column, V values of all lists of a colum
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -41,6 +41,7 @@ FUTURE_TOLERANCE = timedelta(minutes=60)
 MICROSECONDS_PER_HOUR = 3_600_000_000
 _LAST_MICROSECOND = 253_402_300_799_999_999  # 9999-12-31T23:59:59.999999Z
 _RAW_BYTES = 4096
+_CLICK = 0x636C69636B
 _NULL_NUMBERS = ("", "nan")
 
 
@@ -71,8 +72,9 @@ class Validated:
 def click_log_schema(spec: DatasetSpec) -> pa.Schema:
     """Columns of the click log's Parquet files.
 
-    `event_time`, `label` (absent in a log of clicks only), `event_key` (64-bit hash, the bits of a uint64), then one
-    column a feature. A missing id or number is null, a missing list is empty.
+    `event_time`, `label` (absent in a log of clicks only), `event_key` (64-bit hash, the bits of a uint64), `is_click` (only
+    where clicks are events of their own, which then have neither features nor the key of their impression, but
+    `click_keys` of it), then one column a feature. A missing id or number is null, a missing list is empty.
 
     >>> from data_schemas.dataset import load_spec
     >>> click_log_schema(load_spec("brunch")).names
@@ -82,6 +84,8 @@ def click_log_schema(spec: DatasetSpec) -> pa.Schema:
     if spec.has_labels:
         fields.append(pa.field("label", pa.int8(), nullable=False))
     fields.append(pa.field("event_key", pa.int64(), nullable=False))
+    if spec.clicks:
+        fields.append(pa.field("is_click", pa.bool_(), nullable=False))
     fields += [pa.field(feature.name, _stored_type(feature)) for feature in spec.logged_categorical()]
     fields += [pa.field(feature.name, pa.float32()) for feature in spec.numeric]
     return pa.schema(fields)
@@ -113,10 +117,39 @@ def validate(raw: pa.Table, spec: DatasetSpec, *, now: datetime, rows: I64, rows
     checked += [*features.values(), key]
     good_R = ~np.logical_or.reduce([column.problem_R > 0 for column in checked])
     columns = {"event_time": times.values, "event_key": key.values}
-    if label:
-        columns["label"] = label.values
+    if spec.clicks:
+        columns["is_click"] = pa.repeat(False, raw.num_rows)
+    if spec.has_labels:
+        columns["label"] = label.values if label else pa.repeat(pa.scalar(0, pa.int8()), raw.num_rows)
     columns |= {name: column.values for name, column in features.items()}
     return Validated(accepted=_accepted(columns, spec, good_R), rejected=_rejected(raw, checked, good_R, rows))
+
+
+def validate_clicks(raw: pa.Table, spec: DatasetSpec, *, now: datetime, rows: I64) -> Validated:
+    """`validate` for clicks that are events of their own: rows with a time, a key and nulls.
+
+    Args:
+        raw: at least the columns of `spec.of_clicks().source_columns()`.
+        spec: with `clicks`.
+        now: aware.
+        rows: `[R]` number of each row in its file, from 1, rising.
+    """
+    validated = validate(raw, spec.of_clicks(), now=now, rows=rows)
+    found, num_rows = validated.accepted, validated.accepted.num_rows
+    own = {
+        "event_time": found["event_time"],
+        "event_key": pa.array(click_keys(found["event_key"].to_numpy().view(np.uint64)).view(np.int64)),
+        "is_click": pa.repeat(True, num_rows),
+        "label": pa.repeat(pa.scalar(1, pa.int8()), num_rows),
+    }
+    schema = click_log_schema(spec)
+    columns = [own[field.name] if field.name in own else pa.nulls(num_rows, field.type) for field in schema]
+    return replace(validated, accepted=pa.table(columns, schema=schema))
+
+
+def click_keys(impression_keys_R: U64) -> U64:
+    """`[R]` the event keys that clicks on these impressions have in the click log: their own, since both lie in one table."""
+    return combine_hashes(impression_keys_R, np.full(len(impression_keys_R), _CLICK, np.uint64))
 
 
 def require_columns(found: Sequence[str], spec: DatasetSpec) -> None:

@@ -20,7 +20,7 @@ DATASETS_FOLDER = Path(__file__).parent / "datasets"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
 
-OWN_COLUMNS = frozenset({"event_time", "label", "event_key", "event_date", "event_hour"})
+OWN_COLUMNS = frozenset({"event_time", "label", "event_key", "event_date", "event_hour", "is_click"})
 """Columns that the click log adds itself; a feature may only be called so where it is that very column."""
 
 
@@ -74,6 +74,31 @@ class LabelColumn(_Declared):
     """Name in the file."""
     positive_from: float = 1.0
     """A value of at least this is a click, a smaller one is none: 1 for 0/1 labels, 4 for ratings of 1 to 5."""
+
+
+class Clicks(_Declared):
+    """Clicks that are events of their own, joined to their impressions by the event key."""
+
+    attribution_minutes: Annotated[int, Field(ge=1, le=10_080)] = 360
+    """A click belongs to the impression with its event key that was shown at most so long before."""
+    column: str = ""
+    """Column that tells what an event is, where clicks stand among the impressions in the same files."""
+    value: str = "click"
+    """With `column`: what it says of a click; all other rows are impressions."""
+    files: str = ""
+    """Pattern of files that hold clicks only, compared from the right: `clicks-*` for names, `clicks/*` for those of a folder.
+    They need the time and the columns of the event key, under the same names."""
+
+    @model_validator(mode="after")
+    def _can_be_told(self) -> Self:
+        if bool(self.column) == bool(self.files):
+            raise ValueError("set either 'column', which tells clicks from impressions, or 'files', the files of clicks")
+        return self
+
+    @property
+    def attribution_hours(self) -> int:
+        """Whole hours that an impression may lie before the hour of its click."""
+        return -(-self.attribution_minutes // 60)
 
 
 class FileDialect(_Declared):
@@ -233,7 +258,9 @@ class DatasetSpec(_Declared):
     """For readers."""
     time: TimeColumn
     label: LabelColumn | None = None
-    """None: the log holds clicks only."""
+    """None: the log holds clicks only, or has them as events of their own."""
+    clicks: Clicks | None = None
+    """Set where clicks come later than their impressions, as events of their own."""
     user: Name | None = None
     """Name of the feature that identifies the user; left out: no figures by user."""
     item: Name | None = None
@@ -292,6 +319,21 @@ class DatasetSpec(_Declared):
         return self
 
     @model_validator(mode="after")
+    def _clicks_find_their_impressions(self) -> Self:
+        if self.clicks is None:
+            return self
+        if "*" in self.event_key or self.time.column in self.event_key or self.time.format == "row_order":
+            raise ValueError(
+                f"'clicks' are joined by 'event_key', which is {list(self.event_key)}: name columns that a click shares "
+                "with its impression, so not its time, and give events a time of their own"
+            )
+        if self.label:
+            raise ValueError("'clicks' are what the label is made of: leave out 'label', or 'clicks'")
+        if self.repeats == "keep":
+            raise ValueError("'clicks' need event keys that are unique: leave out repeats = 'keep'")
+        return self
+
+    @model_validator(mode="after")
     def _items_have_their_features(self) -> Self:
         logged = [*(feature.name for feature in self.logged_categorical()), *(feature.name for feature in self.numeric)]
         known = [name for name in logged if name not in (self.user, self.item)]
@@ -339,7 +381,7 @@ class DatasetSpec(_Declared):
     @property
     def has_labels(self) -> bool:
         """False for a log of clicks only."""
-        return self.label is not None
+        return self.label is not None or self.clicks is not None
 
     def logged_categorical(self) -> Iterator[Categorical]:
         """The categorical features that are stored in the click log (not those derived from the time)."""
@@ -349,9 +391,18 @@ class DatasetSpec(_Declared):
         """Columns that a file must have, in the order of the spec."""
         label = [self.label.column] if self.label else []
         time = [self.time.column] if self.time.column else []
+        kind = [self.clicks.column] if self.clicks and self.clicks.column else []
         features = [f.source for f in self.logged_categorical()] + [f.source for f in self.numeric]
         keys = [key for key in self.event_key if key != "*"]
-        return list(dict.fromkeys([*time, *label, *features, *keys]))
+        return list(dict.fromkeys([*time, *kind, *label, *features, *keys]))
+
+    def of_clicks(self) -> "DatasetSpec":
+        """What a click must have: its time and the columns of the event key, read as those of an impression are."""
+        keyed = [feature for feature in self.logged_categorical() if feature.source in self.event_key]
+        numbers = [number for number in self.numeric if number.source in self.event_key]
+        return self.model_copy(
+            update={"label": None, "clicks": None, "categorical": tuple(keyed), "numeric": tuple(numbers), "crosses": ()}
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits that change when the features change, and not with names, descriptions or file dialects."""

@@ -39,7 +39,7 @@ class Examples:
     numeric_NR: F32
     """`[N, R]` raw numbers in the order of the spec; NaN is missing."""
     labels_R: F32
-    """`[R]` 0 or 1."""
+    """`[R]` 0 or 1; a correction, which makes a positive of a row that was learned as a negative, has one over its weight."""
     weights_R: F32
     """`[R]` one over the inclusion probability; 1 where nothing was sampled."""
     user_R: U64

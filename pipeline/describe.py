@@ -43,7 +43,7 @@ def describe(
         log_version=window.log_version,
         window_start=as_time(window.start),
         window_end=as_time(window.end),
-        rows=window.num_rows,
+        rows=rows.num_logged,
         late_rows=window.late_rows,
         rows_learned=logged.rows,
         rows_pending=sum(piece.num_rows for piece in saved.cursor.pending if piece.file.hour < window.end),
@@ -64,12 +64,13 @@ def describe(
             *saved.learner.sparse_step.notes(),
             *rows.notes,
             *plan_notes(config.training, learned, saved.learner, rows.encoded.num_rows),
-            *_notes(window, logged, measured, rows.encoded.num_rows),
+            *_notes(window, logged, measured, rows.encoded.num_rows, rows.num_logged),
             *(plan.notes() if plan else ()),
         ),
         ids=rows.ids,
         sampling=plan,
         rows_thinned=logged.thinned_rows,
+        clicks_corrected=window.clicks.num_corrections if window.clicks else 0,
         fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
         row_seconds=learned.step_time.row_seconds if learned.step_time else None,
         noise_scale=saved.learner.noise_scale.last,
@@ -97,11 +98,11 @@ def with_steadiness(
     return replace(report, stability=figures, diagnosis=diagnosis)
 
 
-def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows: int) -> Iterator[str]:
+def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows: int, num_logged: int) -> Iterator[str]:
     """Everything that was not done as a reader would take for granted."""
     unreached = int(learned.unreached_R.sum())
     if unreached:
-        yield f"out of time: {unreached:,} of {window.num_rows:,} rows wait for the next update"
+        yield f"out of time: {unreached:,} of {num_logged:,} rows wait for the next update"
     capped = sum(piece.num_rows for piece in window.left if piece.file.hour < window.end)
     if capped:
         yield f"{capped:,} rows over window.max_rows wait for the next update"

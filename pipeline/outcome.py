@@ -97,6 +97,8 @@ class UpdateReport:
     """What is wrong with it, if anything."""
     rows_thinned: int = 0
     """Rows left out in mid-pass because time did not suffice for all; they do not come again."""
+    clicks_corrected: int = 0
+    """Impressions that were learned before their click came, and are corrected by this update; of `rows`."""
     fixed_seconds: float | None = None
     """Of a training step, undisturbed, as fitted in the pass: `fixed_seconds + row_seconds * rows`; None if not measured."""
     row_seconds: float | None = None

@@ -16,6 +16,7 @@ import numpy as np
 from data_schemas.dataset import DatasetSpec, load_spec
 from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
+from pipeline.data.clicks import is_correction, join_clicks, require_correctable
 from pipeline.data.encode import num_normalised
 from pipeline.data.lake import ClickLog
 from pipeline.data.negatives import require_sampler
@@ -69,6 +70,7 @@ def run_update(
     """
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
+    require_correctable(spec, config.sampling)
     stages = _Stages(stage, clock)
     with alone(config.model_dir):
         history = read_history(config.model_dir)
@@ -121,7 +123,8 @@ def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, obj
 
 def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
     click_log = ClickLog.open_or_create(config.log_path, spec)
-    return click_log, next_window(click_log, state.cursor, config.window, now)
+    window = next_window(click_log, state.cursor, config.window, now)
+    return click_log, window and join_clicks(click_log, window, spec)
 
 
 def _learn(
@@ -170,7 +173,8 @@ def _checkpoint(
     """The state as saved; from now on it serves, and its rows are consumed."""
     reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
-    state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, reached]))
+    shown = reached[~is_correction(rows.encoded.labels_R[reached])]
+    state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, shown]))
     if config.sampling.replay_share and rows.learned is not None:
         replay = after_window(state.replay, rows.examples, rows.learned, state.memory, reached, seed=rows.seed)
         state = replace(state, replay=replay)

@@ -21,9 +21,10 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data_schemas.click_log import MICROSECONDS_PER_HOUR, validate
-from data_schemas.dataset import DatasetSpec
+from data_schemas.click_log import MICROSECONDS_PER_HOUR, Validated, validate, validate_clicks
+from data_schemas.dataset import Clicks, DatasetSpec
 from data_schemas.errors import BrokenFile, CommitConflict, DataError
 from data_schemas.hashing import combine_hashes
 from pipeline.data.lake import ClickLog, HourFiles, LogFile, Quarantine, RejectedRows
@@ -138,11 +139,20 @@ class SeenKeys:
         """The latest hour of the log, without the file in hand; None for an empty log."""
         return max(self._hours, default=None)
 
-    def take_new(self, hour: int, keys_R: U64) -> Bools:
-        """`[R]` true for the first row of each key that neither the log nor the file had in that hour; stages them."""
+    def take_new(self, hour: int, keys_R: U64, around: int = 0) -> Bools:
+        """`[R]` true for the first row of each key that neither the log nor the file had in that hour; stages them.
+
+        Args:
+            hour: of the rows.
+            keys_R: their event keys.
+            around: nor in so many hours before and after it.
+        """
         distinct, first_R = np.unique(keys_R, return_index=True)
         staged = self._staged.setdefault(hour, _SortedKeys())
         new = ~(self._of_log(hour).contain(distinct) | staged.contain(distinct))
+        for other in range(hour - around, hour + around + 1):
+            if other != hour:
+                new &= ~(self._of_log(other).contain(distinct) | self._staged.get(other, _SortedKeys()).contain(distinct))
         staged.add(distinct[new])
         is_new_R = np.zeros(len(keys_R), bool)
         is_new_R[first_R[new]] = True
@@ -335,8 +345,9 @@ def _commit_file(file: LandingFile, ingest: _Ingest) -> _Counts:
     with _writers(file, ingest) as (accepted, rejected):
         counts = _Counts()
         newest_hour = ingest.seen.newest_hour
-        for batch in read_batches(file, ingest.spec):
-            for hour, num_rows in _write_batch(batch, ingest, accepted, rejected, counts):
+        only_clicks = _holds_clicks(file, ingest.spec.clicks)
+        for batch in read_batches(file, ingest.spec.of_clicks() if only_clicks else ingest.spec):
+            for hour, num_rows in _write_batch(batch, ingest, accepted, rejected, counts, only_clicks=only_clicks):
                 counts.accepted += num_rows
                 counts.late += num_rows if newest_hour is not None and hour < newest_hour else 0
         ingest.quarantine.append(rejected.close(), file.fingerprint, file.path)
@@ -361,25 +372,64 @@ def _writers(file: LandingFile, ingest: _Ingest) -> Iterator[tuple[HourFiles, Re
 
 
 def _write_batch(
-    batch: RawBatch, ingest: _Ingest, accepted: HourFiles, rejected: RejectedRows, counts: _Counts
+    batch: RawBatch,
+    ingest: _Ingest,
+    accepted: HourFiles,
+    rejected: RejectedRows,
+    counts: _Counts,
+    *,
+    only_clicks: bool,
 ) -> Iterator[tuple[int, int]]:
     """Write one batch; yields each hour with the number of rows that were new."""
-    validated = validate(batch.columns, ingest.spec, now=ingest.now, rows=batch.rows, rows_before=ingest.log.rows_read)
-    bad = [*batch.malformed, *validated.rejected]
+    parts = list(_validated(batch, ingest, only_clicks=only_clicks))
+    bad = [*batch.malformed, *(row for part, _ in parts for row in part.rejected)]
     bad.sort(key=lambda row: row.row or 0)
     rejected.add(bad)
     counts.rows_read += batch.columns.num_rows + len(batch.malformed)
     counts.rejected += len(bad)
     counts.reasons.update(row.kind for row in bad)
-    for hour, rows in _by_hour(validated.accepted):
-        if ingest.spec.repeats == "keep":
-            rows = _with_repeats_apart(hour, rows, ingest.seen)
-        new_R = ingest.seen.take_new(hour, rows.column("event_key").to_numpy().view(np.uint64))
-        num_new = int(new_R.sum())
-        counts.duplicate += len(new_R) - num_new
-        if num_new:
-            accepted.add(hour, rows if num_new == len(new_R) else rows.filter(pa.array(new_R)))
-            yield hour, num_new
+    for part, around in parts:
+        for hour, rows in _by_hour(part.accepted):
+            if ingest.spec.repeats == "keep":
+                rows = _with_repeats_apart(hour, rows, ingest.seen)
+            new_R = ingest.seen.take_new(hour, rows.column("event_key").to_numpy().view(np.uint64), around)
+            num_new = int(new_R.sum())
+            counts.duplicate += len(new_R) - num_new
+            if num_new:
+                accepted.add(hour, rows if num_new == len(new_R) else rows.filter(pa.array(new_R)))
+                yield hour, num_new
+
+
+def _validated(batch: RawBatch, ingest: _Ingest, *, only_clicks: bool) -> Iterator[tuple[Validated, int]]:
+    """Impressions, and clicks where they are events of their own; with each, the hours around its own that must not have its
+    key: a second click on an impression is a duplicate wherever it falls."""
+    spec, now, clicks = ingest.spec, ingest.now, ingest.spec.clicks
+    if clicks is None:
+        yield validate(batch.columns, spec, now=now, rows=batch.rows, rows_before=ingest.log.rows_read), 0
+        return
+    is_click_R = np.full(len(batch.rows), only_clicks)
+    if clicks.column:
+        is_click_R = _says(batch.columns.column(clicks.column), clicks.value)
+    shown, clicked = ~is_click_R, is_click_R
+    if shown.any():
+        yield validate(batch.columns.filter(pa.array(shown)), spec, now=now, rows=batch.rows[shown]), 0
+    if clicked.any():
+        columns = batch.columns.filter(pa.array(clicked))
+        yield validate_clicks(columns, spec, now=now, rows=batch.rows[clicked]), clicks.attribution_hours
+
+
+def _says(column: pa.ChunkedArray, value: str) -> Bools:
+    """`[R]` which of a column's values, texts or bytes, plain or in a dictionary, are `value`."""
+    plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    plain = plain if pa.types.is_binary(plain.type) else plain.cast(pa.string()).cast(pa.binary())
+    says: Bools = pc.fill_null(pc.equal(plain, pa.scalar(value.encode(), pa.binary())), False).to_numpy()
+    return says
+
+
+def _holds_clicks(file: LandingFile, clicks: Clicks | None) -> bool:
+    if clicks is None or not clicks.files:
+        return False
+    return PurePosixPath(file.path).match(clicks.files)
 
 
 def _with_repeats_apart(hour: int, rows: pa.Table, seen: SeenKeys) -> pa.Table:

@@ -3,22 +3,24 @@
 Enters: a `Window` and the model's memory. Leaves: `WindowRows`, drawn negatives included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_schemas.dataset import DatasetSpec
-from data_schemas.examples import F32, I64, Examples
+from data_schemas.examples import F32, I64, Examples, concatenate
 from models.id_table import IdFigures
 from pipeline.config import UpdateConfig
+from pipeline.data.clicks import as_corrections, is_correction
 from pipeline.data.encode import EncodedWindow, encode
 from pipeline.data.lake import ClickLog, RowRange
 from pipeline.data.loader import columns_to_read, to_examples
 from pipeline.data.negatives import with_negatives
-from pipeline.data.windows import Window, read_window
+from pipeline.data.windows import Window, read_pieces, read_window
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState
 from pipeline.training.sampling import SampledWindow
@@ -35,7 +37,7 @@ class WindowRows:
     """Those of the click log, then negatives that were drawn, where the log has none."""
     encoded: EncodedWindow
     num_logged: int
-    """Rows of the click log: what is counted, remembered and consumed."""
+    """Rows of the click log, corrections among them: what is counted, remembered and consumed."""
     judged_weights_R: F32
     """Of the rows where they are evaluated."""
     evaluated: I64
@@ -56,14 +58,14 @@ class WindowRows:
 
 def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec, config: UpdateConfig) -> WindowRows:
     """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
-    table = read_window(click_log, window, columns_to_read(spec))
+    examples, table = _logged(click_log, window, spec)
     seed = (state.learner.config.seed, window.end)
 
     def encoded(examples: Examples) -> EncodedWindow:
         return encode(examples, spec, state.memory, state.moments, hour=window.start, ids=state.ids)
 
     drawn = with_negatives(
-        to_examples(table, spec),
+        examples,
         spec,
         config.sampling,
         seed=[*seed, 2],
@@ -71,7 +73,7 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
         before=_trailing_rows(click_log, window, spec, config.sampling.negatives_trailing_hours),
     )
     examples = drawn.examples
-    new = np.flatnonzero(examples.hour_R >= window.start)
+    new = np.flatnonzero((examples.hour_R >= window.start) & ~is_correction(examples.labels_R))
     return WindowRows(
         examples=examples,
         encoded=replace(encoded(examples), logit_shifts_R=drawn.shift_R),
@@ -80,8 +82,34 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),
         seed=seed,
         sample=_raw_sample(table),
-        notes=drawn.notes,
+        notes=(*drawn.notes, *_click_notes(window)),
     )
+
+
+def _logged(click_log: ClickLog, window: Window, spec: DatasetSpec) -> tuple[Examples, pa.Table]:
+    """Examples of the rows that stand in the log, corrections behind the others; and the rows of the window."""
+    columns = columns_to_read(spec)
+    if window.clicks is None:
+        table = read_window(click_log, window, columns)
+        return to_examples(table, spec), table
+    events = read_window(click_log, window, [*columns, "is_click"])
+    table = events.filter(pc.invert(events["is_click"])).select(columns)
+    examples = to_examples(table, spec)
+    examples = replace(examples, labels_R=window.clicks.clicked_I.astype(np.float32))
+    if not window.clicks.num_corrections:
+        return examples, table
+    learned_before = to_examples(read_pieces(click_log, window.clicks.corrected, columns), spec)
+    return concatenate([examples, as_corrections(learned_before)]), table
+
+
+def _click_notes(window: Window) -> Iterator[str]:
+    clicks = window.clicks
+    if clicks and clicks.num_corrections:
+        yield f"{clicks.num_corrections:,} clicks came after their impressions had been learned, and correct them"
+    if clicks and clicks.waiting:
+        yield f"{clicks.waiting:,} clicks wait for their impressions"
+    if clicks and clicks.unattributed:
+        yield f"{clicks.unattributed:,} clicks belong to no impression within clicks.attribution_minutes, and are left out"
 
 
 def _trailing_rows(click_log: ClickLog, window: Window, spec: DatasetSpec, trailing_hours: int) -> Examples | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from data_schemas.errors import CheckpointError
@@ -34,6 +35,40 @@ class Cursor:
     """Rows of that version which no update has learned."""
 
 
+WAITS = -1
+"""In `JoinedClicks.example_W`: the row stays for a later window."""
+DONE = -2
+"""The row is not learned, and does not come again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedClicks:
+    """What became of the clicks of a window, where they are events of their own."""
+
+    example_W: npt.NDArray[np.int64]
+    """`[window.num_rows]` the example that each row becomes or belongs to: impressions `[0, I)` in their order, then
+    corrections; `WAITS` or `DONE` for a click that is neither."""
+    clicked_I: Mask
+    """Impressions of the window whose click is known."""
+    corrected: tuple[Piece, ...]
+    """Impressions that were learned before their click came: one correction each, in the order of these rows."""
+    waiting: int
+    """Clicks whose impression is not there yet, or waits itself."""
+    unattributed: int
+    """Clicks without an impression within `attribution_minutes`."""
+
+    @property
+    def num_corrections(self) -> int:
+        """Impressions that are corrected."""
+        return sum(piece.num_rows for piece in self.corrected)
+
+    def rows_left(self, unreached_E: Mask) -> Mask:
+        """`[window.num_rows]` from `[I + corrections]`: a click stays or goes with its impression or correction."""
+        fate = np.append(unreached_E, [False, True])  # DONE and WAITS count from the end
+        left: Mask = fate[self.example_W]
+        return left
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """The rows of one update, in the order hour, file, row."""
@@ -50,6 +85,8 @@ class Window:
     """Rows waiting in the click log for a later window."""
     removed_rows: int = 0
     """Rows that were pending and have left the click log on purpose since."""
+    clicks: JoinedClicks | None = None
+    """None where clicks are no events of their own."""
 
     @property
     def num_rows(self) -> int:
@@ -57,7 +94,14 @@ class Window:
         return sum(piece.num_rows for piece in self.pieces)
 
     def cursor_after(self, unreached: Mask | None = None) -> Cursor:
-        """The cursor once this window was learned, but for the rows in `unreached` `[num_rows]`."""
+        """The cursor once this window was learned, but for the rows in `unreached`.
+
+        Args:
+            unreached: `[num_rows]`; with `clicks`, one an example. None: nothing was left out.
+        """
+        if self.clicks is not None:
+            none = np.zeros(len(self.clicks.clicked_I) + self.clicks.num_corrections, bool)
+            unreached = self.clicks.rows_left(none if unreached is None else unreached)
         rest = () if unreached is None or not unreached.any() else tuple(_unreached(self.pieces, unreached))
         pending = (*rest, *self.left)
         return Cursor(log_id=self.log_id, log_version=self.log_version, window_end=self.end, pending=pending)
@@ -98,11 +142,16 @@ def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: dateti
 
 def read_window(log: ClickLog, window: Window, columns: Sequence[str]) -> pa.Table:
     """The window's rows, in order."""
-    tables = []
-    for piece in window.pieces:
+    return read_pieces(log, window.pieces, columns)
+
+
+def read_pieces(log: ClickLog, pieces: Iterable[Piece], columns: Sequence[str]) -> pa.Table:
+    """The rows of `pieces`, in order."""
+    tables = [log.read([], columns)]
+    for piece in pieces:
         table = log.read([RowRange(file=piece.file, start=0, stop=piece.file.num_rows)], columns)
         tables.append(table if piece.mask is None else table.filter(pa.array(piece.mask)))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables[1:] or tables)
 
 
 def as_time(hours_since_epoch: int) -> datetime:

@@ -320,7 +320,16 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     if report.before and report.before.auc_interval:
         values["before/auc_low"] = report.before.auc_interval.low
         values["before/auc_high"] = report.before.auc_interval.high
-    for name in ("late_rows", "rows_learned", "rows_pending", "rows_thinned", "evaluated_rows", "skipped_steps"):
+    counts = (
+        "late_rows",
+        "rows_learned",
+        "rows_pending",
+        "rows_thinned",
+        "evaluated_rows",
+        "skipped_steps",
+        "clicks_corrected",
+    )
+    for name in counts:
         values[f"rows/{name.replace('rows_', '').replace('_rows', '')}"] = float(getattr(report, name))
     values |= {"rows/window": float(report.rows), "batch_size": float(report.batch_size)}
     values |= {f"seconds/{stage}": seconds for stage, seconds in report.seconds.items()}

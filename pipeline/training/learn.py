@@ -115,7 +115,7 @@ def learn(
     mean_weight = float(window.weights_R[kept].mean()) if num_rows else 1.0
     stopwatch = _Stopwatch(deadline, learner.processes)
     probes = _probes(learner, window, cursor, probe_rows)
-    thinned_by_R = window.labels_R.astype(np.int32) if stratum_R is None else stratum_R
+    thinned_by_R = (window.labels_R > 0).astype(np.int32) if stratum_R is None else stratum_R
     takes = _Takes(cursor, seed=seed, stratum_R=thinned_by_R, num_rows=window.num_rows)
     window = replace(window, weights_R=window.weights_R.copy())
     while not stopwatch.out_of_time and (batches := _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())):

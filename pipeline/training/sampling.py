@@ -54,7 +54,7 @@ def sample_window(
 def columns_of(examples: Examples, window: EncodedWindow, spec: DatasetSpec, by: Collection[StratifyBy]) -> Columns:
     """What the rules look at; popularity, activity and ages only where `by` names them."""
     return Columns(
-        labels_R=examples.labels_R,
+        labels_R=np.minimum(examples.labels_R, 1),
         user_R=examples.user_R,
         item_R=examples.item_R,
         hour_R=examples.hour_R,
