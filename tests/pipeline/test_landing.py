@@ -74,7 +74,7 @@ def parquet(num_rows: int = 2, row_group_size: int = 1000) -> bytes:
         ("a.CSV", CSV),
         ("a.txt", CSV),
         ("a.b.csv.gz", gzip.compress(CSV, mtime=0)),
-        ("two-members.csv.gz", gzip.compress(CSV[:20], mtime=0) + gzip.compress(CSV[20:])),
+        ("two-members.csv.gz", gzip.compress(CSV[:20], mtime=0) + gzip.compress(CSV[20:], mtime=0)),
         ("bom.csv", b"\xef\xbb\xbf" + CSV),
         ("windows.csv", CSV.replace(b"\n", b"\r\n")),
         ("no-last-newline.csv", CSV[:-1]),
