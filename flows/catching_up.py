@@ -13,6 +13,7 @@ from flows.artifacts import publish_report
 from flows.stages import run_as_task
 from flows.terminal import Advance, progress, tell
 from pipeline.config import UpdateConfig, load_config
+from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.windows import as_time
@@ -106,10 +107,12 @@ def learn_waiting(
 
 
 def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
-    """Starts of the closed windows that the model has not learned, oldest first; those without rows are left out."""
+    """Starts of the closed windows that the model has not learned, oldest first, but for those without rows and those held
+    aside."""
     log = ClickLog.open_or_create(config.log_path, load_spec(config.dataset))
     window, since = config.window, learned_until(config.model_dir)
-    hours = {file.hour for file in log.files() if since is None or file.hour >= since}
+    held = {piece.file.path for held in held_windows(config.model_dir) for piece in held.pieces if piece.rows.all()}
+    hours = {file.hour for file in log.files() if (since is None or file.hour >= since) and file.path not in held}
     starts = {as_time(hour - (hour - window.align_hour) % window.hours) for hour in hours}
     length = timedelta(hours=window.hours, minutes=window.label_delay_minutes)
     return sorted(start for start in starts if start + length <= now)

@@ -153,6 +153,7 @@ def save(
         plan=tuple(vars(record) for record in learned.plan),
         sampling=Sampled(settings=config.sampling.model_dump(mode="json"), plan=as_table(sampling)) if sampling else None,
         pending=pending,
+        released=cursor.released,
         moments=Moments.of(state.moments),
     )
     save_checkpoint(

@@ -18,6 +18,7 @@ from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.clicks import is_correction, join_clicks, require_correctable
 from pipeline.data.encode import num_normalised
+from pipeline.data.held import held_windows
 from pipeline.data.lake import ClickLog
 from pipeline.data.negatives import require_sampler
 from pipeline.data.normalise import RunningMoments
@@ -123,7 +124,7 @@ def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, obj
 
 def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
     click_log = ClickLog.open_or_create(config.log_path, spec)
-    window = next_window(click_log, state.cursor, config.window, now)
+    window = next_window(click_log, state.cursor, config.window, now, held_windows(config.model_dir))
     return click_log, window and join_clicks(click_log, window, spec)
 
 

@@ -3,8 +3,8 @@
 Enters: the settings and the clock. Leaves: a state folder without it, and a report in bytes; or the report alone.
 
 A file of the click log goes when it is not active, was not taken out lately (an update may be reading it), is not younger than
-any ingest (a writer may be about to commit it), and no kept checkpoint of any model names it among its pending rows. What a
-checkpoint consumed need not stay on disk: its rows are followed through the log's commits.
+any ingest (a writer may be about to commit it), and no kept checkpoint of any model names it among its pending rows, nor a
+window that is held aside. What a checkpoint consumed need not stay on disk: its rows are followed through the log's commits.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CommitConflict, DataError, TidemarkError, TrackingUnavailable
 from pipeline.config import UpdateConfig
+from pipeline.data.held import held_windows
 from pipeline.data.lake import ClickLog, LogFile, Quarantine
 from pipeline.data.lineage import Piece, Rewrite, added_between, carry
 from pipeline.data.windows import Cursor, as_time
@@ -79,7 +80,9 @@ def vacuum(config: UpdateConfig, spec: DatasetSpec, *, now: datetime, dry_run: b
     rejected: list[str] = []
     if keep.quarantine_days:
         rejected = quarantine.remove_older(now - timedelta(days=keep.quarantine_days), dry_run=dry_run)
+    held = [window for folder in _models(config) for window in held_windows(folder) if window.status != "discarded"]
     named = {piece.file.path for kept in checkpoints if kept.cursor for piece in kept.cursor.pending}
+    named |= {piece.file.path for window in held for piece in window.pieces}
     swept = [_sweep(table, config, now, named, dry_run=dry_run) for table in (log, quarantine)]
     runs = _delete_runs(config, now - timedelta(days=keep.runs_days), notes, dry_run=dry_run) if keep.runs_days else 0
     files, size, waiting, waiting_size = (sum(column) for column in zip(*swept, strict=True))
@@ -107,7 +110,7 @@ class _Kept:
 
 def _kept_checkpoints(config: UpdateConfig, notes: list[str]) -> Iterator[_Kept]:
     """Every kept checkpoint of every model of the state folder."""
-    for folder in sorted(path for path in (config.state_dir / "models").glob("*") if path.is_dir()):
+    for folder in _models(config):
         try:
             serving = current_version(folder)
         except TidemarkError as error:
@@ -123,6 +126,10 @@ def _kept_checkpoints(config: UpdateConfig, notes: list[str]) -> Iterator[_Kept]
             except (TidemarkError, OSError) as error:  # one that was just pruned is missing, too
                 notes.append(f"model {folder.name}: {error}")
                 yield _Kept(serves=serves, cursor=None)
+
+
+def _models(config: UpdateConfig) -> list[Path]:
+    return sorted(path for path in (config.state_dir / "models").glob("*") if path.is_dir())
 
 
 def _retire_hours(log: ClickLog, checkpoints: Sequence[_Kept], before: datetime, notes: list[str], *, dry_run: bool) -> int:

@@ -202,7 +202,7 @@ def _concatenated(parts: Sequence[_Events]) -> _Events:
 def _are_among(window: Window, pieces: Sequence[Piece], owner: I64, row: I64) -> Mask:
     """`[K]` whether a row of a file is still to be learned."""
     waiting: dict[str, Mask] = {}
-    for piece in (*window.left, *window.pieces):
+    for piece in (*window.left, *window.pieces, *window.aside):
         waiting[piece.file.path] = waiting.get(piece.file.path, np.zeros(piece.file.num_rows, bool)) | piece.rows
     masks = [waiting.get(piece.file.path) for piece in pieces]
     pairs = zip(owner.tolist(), row.tolist(), strict=True)

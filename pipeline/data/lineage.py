@@ -59,7 +59,7 @@ class Rewrite:
     def to_json(self) -> dict[str, Any]:
         """The inverse of `from_json`."""
         into = self.into and {"path": self.into.path, "hour": self.into.hour, "rows": self.into.num_rows}
-        origins = [{"path": o.file.path, "rows": o.file.num_rows, "kept": _packed(o.mask)} for o in self.origins]
+        origins = [{"path": o.file.path, "rows": o.file.num_rows, "kept": packed_mask(o.mask)} for o in self.origins]
         return {"into": into, "from": origins}
 
     @classmethod
@@ -70,7 +70,7 @@ class Rewrite:
         )
         hour = into.hour if into else 0
         files = [LogFile(hour=hour, path=origin["path"], num_rows=origin["rows"]) for origin in record["from"]]
-        kept = [_unpacked(origin["kept"], origin["rows"]) for origin in record["from"]]
+        kept = [unpacked_mask(origin["kept"], origin["rows"]) for origin in record["from"]]
         return cls(into=into, origins=tuple(Piece(file=f, mask=m) for f, m in zip(files, kept, strict=True)))
 
 
@@ -132,6 +132,27 @@ def merged(pieces: Iterable[Piece]) -> list[Piece]:
     return sorted(whole, key=lambda piece: (piece.file.hour, piece.file.path))
 
 
+def without(pieces: Iterable[Piece], others: Iterable[Piece]) -> list[Piece]:
+    """The rows of `pieces` that are not among `others`; files without such rows are left out."""
+    taken = {piece.file.path: piece.rows for piece in merged(others)}
+    rest = [
+        replace(piece, mask=piece.rows & ~taken[piece.file.path]) if piece.file.path in taken else piece for piece in pieces
+    ]
+    return [piece for piece in rest if piece.num_rows]
+
+
+def packed_mask(mask: Mask | None) -> str | None:
+    """A mask as text; None for None."""
+    return None if mask is None else base64.b64encode(zlib.compress(np.packbits(mask).tobytes())).decode()
+
+
+def unpacked_mask(text: str | None, num_rows: int) -> Mask | None:
+    """The inverse of `packed_mask`."""
+    if text is None:
+        return None
+    return np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8), count=num_rows).astype(bool)
+
+
 def _became(log: ClickLog, old: int, new: int) -> dict[str, tuple[Rewrite, int]]:
     """By path of a file that is gone: what it went into, and its place among the origins."""
     became: dict[str, tuple[Rewrite, int]] = {}
@@ -155,13 +176,3 @@ def _follow(piece: Piece, became: Mapping[str, tuple[Rewrite, int]]) -> Piece | 
             return None
         piece = Piece(file=rewrite.into, mask=mask_M)
     return piece
-
-
-def _packed(mask: Mask | None) -> str | None:
-    return None if mask is None else base64.b64encode(zlib.compress(np.packbits(mask).tobytes())).decode()
-
-
-def _unpacked(text: str | None, num_rows: int) -> Mask | None:
-    if text is None:
-        return None
-    return np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8), count=num_rows).astype(bool)

@@ -6,7 +6,7 @@ kills, retries and missed hours.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from data_schemas.errors import CheckpointError
 from pipeline.config import WindowConfig
+from pipeline.data.held import HeldWindow
 from pipeline.data.lake import ClickLog, RowRange
-from pipeline.data.lineage import Mask, Piece, added_between, carry, merged
+from pipeline.data.lineage import Mask, Piece, added_between, carry, merged, without
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -33,6 +34,8 @@ class Cursor:
     """Hours since the epoch at which the last window ended."""
     pending: tuple[Piece, ...] = ()
     """Rows of that version which no update has learned."""
+    released: tuple[str, ...] = ()
+    """Windows that were held aside, released, and learned."""
 
 
 WAITS = -1
@@ -87,6 +90,12 @@ class Window:
     """Rows that were pending and have left the click log on purpose since."""
     clicks: JoinedClicks | None = None
     """None where clicks are no events of their own."""
+    aside: tuple[Piece, ...] = ()
+    """Rows of other windows that are held aside."""
+    released: str = ""
+    """Id of the held window that this is, released by a person; empty for all others."""
+    released_before: tuple[str, ...] = ()
+    """Released windows that the model has learned."""
 
     @property
     def num_rows(self) -> int:
@@ -103,22 +112,77 @@ class Window:
             none = np.zeros(len(self.clicks.clicked_I) + self.clicks.num_corrections, bool)
             unreached = self.clicks.rows_left(none if unreached is None else unreached)
         rest = () if unreached is None or not unreached.any() else tuple(_unreached(self.pieces, unreached))
-        pending = (*rest, *self.left)
-        return Cursor(log_id=self.log_id, log_version=self.log_version, window_end=self.end, pending=pending)
+        return Cursor(
+            log_id=self.log_id,
+            log_version=self.log_version,
+            window_end=self.end,
+            pending=(*rest, *self.left),
+            released=(*self.released_before, self.released) if self.released else self.released_before,
+        )
 
 
-def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: datetime) -> Window | None:
+def next_window(
+    log: ClickLog, cursor: Cursor, config: WindowConfig, now: datetime, held: Sequence[HeldWindow] = ()
+) -> Window | None:
     """The earliest closed window with rows that the model has not consumed; None if there is none.
 
-    Hours without rows are passed over. Rows that came late for an hour already learned join the next window.
+    Hours without rows are passed over. Rows that came late for an hour already learned join the next window. Of windows that
+    are held aside no row is in it; one that was released is a window of its own, before all others.
+
+    Args:
+        log: the click log.
+        cursor: what the model has consumed.
+        config: length and delay of windows.
+        now: aware.
+        held: all windows of the model that were ever held aside.
 
     Raises:
         CheckpointError: the click log is not the one that the cursor speaks of.
     """
     version = log.version
     _check_same_log(log, cursor)
+    unlearned = [window for window in held if window.id not in cursor.released]
+    aside = {window.id: carry(log, window.pieces, window.log_version, version)[0] for window in unlearned}
+    all_aside = merged(piece for pieces in aside.values() for piece in pieces)
     pending = _still_there(log, cursor, version)
-    waiting = merged([*pending, *added_between(log, cursor.log_version, version)])
+    waiting = without(merged([*pending, *added_between(log, cursor.log_version, version)]), all_aside)
+    window = Window(
+        start=0,
+        end=0,
+        log_id=log.table_id,
+        log_version=version,
+        pieces=(),
+        late_rows=0,
+        left=(),
+        removed_rows=sum(piece.num_rows for piece in cursor.pending) - sum(piece.num_rows for piece in pending),
+        aside=tuple(all_aside),
+        released_before=cursor.released,
+    )
+    for chosen in unlearned:
+        if chosen.status == "released" and aside[chosen.id]:
+            return _released(window, chosen, aside[chosen.id], waiting, cursor)
+    return _regular(window, waiting, pending, cursor, config, now)
+
+
+def _released(window: Window, chosen: HeldWindow, pieces: Sequence[Piece], waiting: Sequence[Piece], cursor: Cursor) -> Window:
+    """A released window by itself; time never runs backwards, so one that is older than the last becomes late rows of that."""
+    end = max(chosen.end, cursor.window_end or chosen.end)
+    start = end - (chosen.end - chosen.start)
+    return replace(
+        window,
+        start=start,
+        end=end,
+        pieces=tuple(pieces),
+        late_rows=sum(piece.num_rows for piece in pieces if piece.file.hour < start),
+        left=tuple(waiting),
+        aside=tuple(without(window.aside, pieces)),
+        released=chosen.id,
+    )
+
+
+def _regular(
+    window: Window, waiting: Sequence[Piece], pending: Sequence[Piece], cursor: Cursor, config: WindowConfig, now: datetime
+) -> Window | None:
     on_time = [piece.file.hour for piece in waiting if cursor.window_end is None or piece.file.hour >= cursor.window_end]
     if not on_time:
         return None
@@ -126,16 +190,13 @@ def next_window(log: ClickLog, cursor: Cursor, config: WindowConfig, now: dateti
     if as_time(end) + timedelta(minutes=config.label_delay_minutes) > now:
         return None
     start = end - config.hours
-    inside = [piece for piece in waiting if piece.file.hour < end]
-    taken, left = _cap(inside, config.max_rows)
-    return Window(
+    taken, left = _cap((piece for piece in waiting if piece.file.hour < end), config.max_rows)
+    return replace(
+        window,
         start=start,
         end=end,
-        log_id=log.table_id,
-        log_version=version,
         pieces=tuple(taken),
         late_rows=_late_rows(taken, pending, cursor, start),
-        removed_rows=sum(piece.num_rows for piece in cursor.pending) - sum(piece.num_rows for piece in pending),
         left=(*left, *(piece for piece in waiting if piece.file.hour >= end)),
     )
 

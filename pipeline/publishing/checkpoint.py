@@ -130,6 +130,8 @@ class Manifest(_Saved):
     sampling: Sampled | None = None
     """None where every row was learned, in no order but the seed's."""
     pending: tuple[PendingRows, ...]
+    released: tuple[str, ...] = ()
+    """Windows that were held aside, released, and learned."""
     moments: Moments | None
     parts: tuple[Part, ...] = ()
 
@@ -330,7 +332,11 @@ def load_cursor(model_dir: Path, manifest: Manifest, *, undone: bool = False) ->
         mask = np.unpackbits(bitmaps[rows.bitmap].numpy(), count=rows.num_rows).astype(bool) if rows.bitmap else None
         pieces.append(Piece(file=file, mask=mask))
     return Cursor(
-        log_id=manifest.log_id, log_version=manifest.log_version, window_end=manifest.window_end, pending=tuple(pieces)
+        log_id=manifest.log_id,
+        log_version=manifest.log_version,
+        window_end=manifest.window_end,
+        pending=tuple(pieces),
+        released=manifest.released,
     )
 
 
