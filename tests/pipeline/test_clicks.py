@@ -115,6 +115,19 @@ def test_a_click_waits_with_an_impression_that_was_not_reached(shop: Shop) -> No
     assert cursor.pending == ()
 
 
+def test_a_click_waits_for_an_impression_that_the_window_has_no_room_for(shop: Shop) -> None:
+    shop.arrive(("click", 1, 0.5), ("shown", 2, 0.1))
+    shop.arrive(("shown", 1, 0.1))
+    window = shop.window(Cursor(), WindowConfig(max_rows=2))
+    assert window is not None
+    assert window.clicks is not None
+    assert (window.num_rows, window.clicks.waiting, window.clicks.num_corrections) == (2, 1, 0)
+    shop.arrive(("shown", 3, 1.1))
+    cursor, learned = shop.learn(window.cursor_after())
+    assert sorted(learned) == [(1, 1), (3, 0)]
+    assert cursor.pending == ()
+
+
 def test_a_correction_that_was_not_reached_comes_again(shop: Shop) -> None:
     shop.arrive(("shown", 1, 0.1))
     cursor, _ = shop.learn(Cursor())
@@ -217,7 +230,7 @@ Steps = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(steps=Steps, seed=st.integers(0, 2**32))
 def test_every_impression_ends_as_what_it_is(steps: list[tuple[str, object]], seed: int) -> None:
     """An impression is learned once; it ends as a positive, at once or by one correction, just if it was clicked in time.
@@ -254,7 +267,7 @@ def _check(shop: Shop, steps: list[tuple[str, object]], rng: np.random.Generator
                 kept = kept[: int(str(place)) % len(kept) + 1]
             case _, hour:
                 shop.arrive(("shown", 100 + int(str(hour)), float(str(hour))))
-                for _ in range(8):
+                while shop.window(kept[-1][0]) is not None:
                     kept.append(_learned(shop, *kept[-1], 1.0, rng))
     cursor, learned = kept[-1]
     assert cursor.pending == ()
