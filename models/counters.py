@@ -69,6 +69,10 @@ class CounterBank:
             ]
         )
 
+    def new_share(self, examples: Examples) -> float:
+        """Share of rows with a key that is not known."""
+        return self._index.new_share(keys_over(examples, self.counter.over))
+
     def add(self, examples: Examples, hour: int) -> KeyChanges:
         """Count a closed window in, each row at its own hour.
 
@@ -180,6 +184,10 @@ class AgeBank:
         rows = np.flatnonzero(slots_R >= 0)
         np.minimum.at(self._first_hour_S, slots_R[rows], examples.hour_R[rows].astype(np.int32))
         return KeyChanges.of(keys_R, slots_R, fresh_R, num_evicted)
+
+    def new_share(self, examples: Examples) -> float:
+        """Share of rows with an id that is not known."""
+        return self._index.new_share(examples.single_ids[self.feature])
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint keeps; as large as the number of ids that are stored."""

@@ -79,6 +79,12 @@ class KeyIndex:
             slots_R[block] = np.where(found, slots, -1)
         return slots_R
 
+    def new_share(self, keys_R: U64) -> float:
+        """Share of rows with a key, not missing, that is not stored; 0 of no rows."""
+        if not len(keys_R):
+            return 0.0
+        return float(((self.find(keys_R) < 0) & (keys_R != MISSING)).mean())
+
     def find_or_add(self, keys_R: U64, now_hour: int) -> tuple[I64, Bool, int]:
         """The slot of each key; keys that are new get one, in a full bucket that of the least recently used key.
 

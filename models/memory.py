@@ -79,6 +79,17 @@ class Memory:
             columns = list(pool.map(lambda bank: bank.columns(examples, hour), self._dense.values()))
         return np.concatenate(columns) if columns else np.empty((0, examples.num_rows), np.float32)
 
+    def new_shares(self, examples: Examples) -> dict[str, float]:
+        """By feature that a counter or an age is kept of alone: the share of rows whose id is not known; 0 of no rows."""
+        shares: dict[str, float] = {}
+        for bank in self._dense.values():
+            match bank:
+                case AgeBank():
+                    shares[bank.feature] = bank.new_share(examples)
+                case CounterBank(counter=counter) if len(counter.over) == 1:
+                    shares.setdefault(counter.over[0], bank.new_share(examples))
+        return shares
+
     def histories(self, examples: Examples) -> Histories | None:
         """What the rows' users clicked before; None where the spec declares no history."""
         return self._history.lookup(examples) if self._history else None

@@ -311,6 +311,21 @@ class EvaluationConfig(_Part):
     """Keep the model of this update and evaluate it beside every later one, to show what freshness is worth; 0 for none."""
 
 
+class AlarmsConfig(_Part):
+    """What is looked at before a window is learned."""
+
+    action: Literal["hold", "warn", "off"] = "hold"
+    """What becomes of a window that does not look like those before it: it is held aside until a person releases or discards
+    it, or the report says so and it is learned."""
+    deviations: Annotated[float, Field(gt=0)] = 6.0
+    """Robust standard deviations within which rows, click rate and missing values are in line."""
+    burst_factor: Annotated[float, Field(ge=1)] = 1.5
+    """A window is out of line where ten users' clicks exceed its click rate by so many times what any ten's did in the last
+    seven days."""
+    min_windows: Annotated[int, Field(ge=2)] = 24
+    """Windows of the last seven days that must be known; before, nothing is out of line."""
+
+
 class TrackingConfig(_Part):
     """MLflow."""
 
@@ -371,6 +386,7 @@ class UpdateConfig(BaseSettings):
     sampling: SamplingConfig = SamplingConfig()
     budget: BudgetConfig = BudgetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     tracking: TrackingConfig = TrackingConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
 

@@ -11,6 +11,7 @@ from data_schemas.dataset import DatasetSpec
 from pipeline.config import UpdateConfig
 from pipeline.data.window_rows import WindowRows
 from pipeline.data.windows import Window, as_time
+from pipeline.evaluation.alarms import Checked
 from pipeline.evaluation.judge import Score, Scores
 from pipeline.evaluation.metrics import Metrics
 from pipeline.evaluation.steadiness import judge_steadiness
@@ -74,6 +75,49 @@ def describe(
         fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
         row_seconds=learned.step_time.row_seconds if learned.step_time else None,
         noise_scale=saved.learner.noise_scale.last,
+    )
+
+
+def describe_suspicious(
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    window: Window,
+    state: ModelState,
+    held_as: str,
+    seen: Checked,
+    seconds: dict[str, float],
+) -> UpdateReport:
+    """The report of an update that held its window aside and learned nothing."""
+    return UpdateReport(
+        dataset=spec.name,
+        model_name=config.model_name,
+        outcome="suspicious",
+        version=state.version,
+        log_version=window.log_version,
+        window_start=as_time(window.start),
+        window_end=as_time(window.end),
+        rows=window.num_rows,
+        late_rows=window.late_rows,
+        rows_learned=0,
+        rows_pending=0,
+        batch_size=0,
+        precision=state.learner.precision,
+        before=None,
+        after=None,
+        frozen=None,
+        evaluated_rows=0,
+        seconds=dict(seconds),
+        budget_seconds=config.budget.seconds,
+        plan=(),
+        loss_curve=(),
+        skipped_steps=0,
+        git_commit=_git_commit(),
+        notes=(
+            *(alarm.sentence for alarm in seen.alarms),
+            f"held aside as {held_as}; release or discard it with flows/held.py",
+        ),
+        profile=seen.profile,
+        alarms=seen.alarms,
     )
 
 

@@ -6,12 +6,14 @@ from datetime import datetime
 from typing import Literal
 
 from models.id_table import IdFigures
+from pipeline.evaluation.alarms import Alarm
 from pipeline.evaluation.diagnosis import Diagnosis
 from pipeline.evaluation.metrics import Metrics
+from pipeline.evaluation.profile import WindowProfile
 from pipeline.evaluation.stability import Stability
 from sampling.plan import SamplingPlan
 
-Outcome = Literal["published", "empty"]
+Outcome = Literal["published", "suspicious", "empty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,10 @@ class UpdateReport:
     """Rows left out in mid-pass because time did not suffice for all; they do not come again."""
     clicks_corrected: int = 0
     """Impressions that were learned before their click came, and are corrected by this update; of `rows`."""
+    profile: WindowProfile | None = None
+    """What the window's rows looked like; later windows are compared with it, if it was learned."""
+    alarms: tuple[Alarm, ...] = ()
+    """What was out of line in them."""
     fixed_seconds: float | None = None
     """Of a training step, undisturbed, as fitted in the pass: `fixed_seconds + row_seconds * rows`; None if not measured."""
     row_seconds: float | None = None

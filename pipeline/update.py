@@ -6,10 +6,10 @@ window -> evaluate before learning -> learn until done or out of time -> evaluat
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,19 +18,21 @@ from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.clicks import is_correction, join_clicks, require_correctable
 from pipeline.data.encode import num_normalised
-from pipeline.data.held import held_windows
+from pipeline.data.held import held_windows, hold_aside
 from pipeline.data.lake import ClickLog
 from pipeline.data.negatives import require_sampler
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.window_rows import WindowRows, load_rows
 from pipeline.data.windows import Window, next_window
-from pipeline.describe import describe, one_line, with_steadiness
+from pipeline.describe import describe, describe_suspicious, one_line, with_steadiness
+from pipeline.evaluation.alarms import Checked, alarms_of, past_of
 from pipeline.evaluation.judge import Score, Scores, evaluate, evaluate_before, frozen_folder
+from pipeline.evaluation.profile import profile_of
 from pipeline.lock import alone
 from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.predictor import export_predictor, predictor_of
-from pipeline.publishing.report import append_history, read_history
+from pipeline.publishing.report import append_history, read_history, verdict
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
@@ -72,21 +74,25 @@ def run_update(
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)
-    stages = _Stages(stage, clock)
+    stages, now = _Stages(stage, clock), now or datetime.now(UTC)
     with alone(config.model_dir):
-        history = read_history(config.model_dir)
+        history = [record for record in read_history(config.model_dir) if record["outcome"] == "published"]
         state = stages.run("restore", lambda: restore_or_create(config, spec))
-        click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now or datetime.now(UTC)))
+        click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
         if window is None:
             return None
         deadline = _deadline(config, stages, history)
         rows = stages.run("load", lambda: load_rows(click_log, window, state, spec, config))
+        seen = stages.run("check the data", lambda: _check(state, rows, window, config, spec, history))
+        if seen.alarms and config.alarms.action == "hold":
+            return stages.run("hold aside", lambda: _hold(state, window, seen, config, spec, stages.seconds, now))
         before, frozen = stages.run("evaluate before learning", lambda: evaluate_before(state, rows, config, spec, deadline))
         rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: evaluate(state, rows, config, deadline))
         saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec))
         report = describe(config, spec, window, saved, rows, learned, plan, Scores(before, after, frozen), stages.seconds)
         report = with_steadiness(report, window, learned, before, after, history)
+        report = replace(report, profile=seen.profile, alarms=seen.alarms, notes=(*report.notes, *_warnings(seen)))
         append_history(config.model_dir, report)
         note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
         report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
@@ -126,6 +132,65 @@ def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now
     click_log = ClickLog.open_or_create(config.log_path, spec)
     window = next_window(click_log, state.cursor, config.window, now, held_windows(config.model_dir))
     return click_log, window and join_clicks(click_log, window, spec)
+
+
+def _check(
+    state: ModelState,
+    rows: WindowRows,
+    window: Window,
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    history: Sequence[Mapping[str, Any]],
+) -> Checked:
+    """What the window looks like; no alarm where a person has released it."""
+    examples = rows.examples
+    logged = examples if rows.num_logged == examples.num_rows else examples.take(np.arange(rows.num_logged))
+    profile, own = profile_of(logged, spec, state.memory), config.alarms
+    if own.action == "off" or window.released:
+        return Checked(profile=profile, alarms=())
+    alarms = alarms_of(
+        profile,
+        window.start,
+        past_of(history),
+        deviations=own.deviations,
+        burst_factor=own.burst_factor,
+        min_windows=own.min_windows,
+    )
+    return Checked(profile=profile, alarms=alarms)
+
+
+def _hold(
+    state: ModelState,
+    window: Window,
+    seen: Checked,
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    seconds: dict[str, float],
+    now: datetime,
+) -> UpdateReport:
+    """Holds the window aside; nothing of it is learned or counted, and the model and what it has consumed stay as they are."""
+    held = hold_aside(
+        config.model_dir,
+        start=window.start,
+        end=window.end,
+        log_version=window.log_version,
+        pieces=window.pieces,
+        kind="alarm",
+        reason="; ".join(alarm.sentence for alarm in seen.alarms),
+        now=now,
+    )
+    report = describe_suspicious(config, spec, window, state, held.id, seen, seconds)
+    append_history(config.model_dir, report)
+    if config.tracking.enabled:
+        from pipeline.publishing.publish import track_only  # imports MLflow, which takes a second
+
+        report = replace(report, notes=(*report.notes, *track_only(config, report)))
+    log.warning("%s", verdict(report))
+    return report
+
+
+def _warnings(seen: Checked) -> Iterator[str]:
+    return (f"out of line, and learned all the same: {alarm.sentence}" for alarm in seen.alarms)
 
 
 def _learn(

@@ -25,6 +25,13 @@ from pipeline.publishing.tracking import Tracker, tables_of
 log = logging.getLogger(__name__)
 
 
+def track_only(config: UpdateConfig, report: UpdateReport) -> tuple[str, ...]:
+    """Writes the run of an update that made no model; notes on what could not be reached."""
+    tracker = Tracker(config)
+    tracker.log_update(report, texts={"report.md": as_markdown(report)})
+    return tuple(tracker.notes)
+
+
 def publish_update(
     config: UpdateConfig,
     spec: DatasetSpec,

@@ -46,6 +46,11 @@ def verdict(report: UpdateReport) -> str:
     window = _window(report)
     if report.outcome == "empty":
         return f"There was nothing to learn in {window}; version {report.version} goes on serving."
+    if report.outcome == "suspicious":
+        return (
+            f"{window} does not look like the windows before it and was held aside: {report.alarms[0].sentence}; "
+            f"version {report.version} goes on serving."
+        )
     used = f"{report.total_seconds:.1f} s of its {report.budget_seconds:g} s"
     learned = f"Version {report.version} learned {report.rows_learned:,} of {report.rows:,} rows of {window} in {used}"
     if report.before is None or report.before.auc is None:

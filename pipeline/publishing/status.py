@@ -84,7 +84,7 @@ def headline(model: str, reports: Sequence[UpdateReport], serving: int | None) -
     """The state in one sentence."""
     if not reports or serving is None:
         return f"{model}: no update has published a model yet"
-    last = reports[-1]
+    last = next((report for report in reversed(reports) if report.outcome == "published"), reports[-1])
     late = sum(report.total_seconds > report.budget_seconds for report in reports[-SHOWN_UPDATES:])
     inside = "all inside the budget" if late == 0 else f"{late:,} over the budget"
     return (

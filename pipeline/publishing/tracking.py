@@ -331,6 +331,7 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     )
     for name in counts:
         values[f"rows/{name.replace('rows_', '').replace('_rows', '')}"] = float(getattr(report, name))
+    values["alarms"] = float(len(report.alarms))
     values |= {"rows/window": float(report.rows), "batch_size": float(report.batch_size)}
     values |= {f"seconds/{stage}": seconds for stage, seconds in report.seconds.items()}
     values |= {"seconds/total": report.total_seconds, "budget/share": report.total_seconds / report.budget_seconds}
