@@ -99,12 +99,12 @@ def test_rows_follow_the_hour_of_the_day() -> None:
 @given(st.lists(st.integers(1, 10**6), min_size=24, max_size=60), st.integers(0, 10**7))
 @settings(max_examples=50, deadline=None)
 def test_the_bounds_of_rows_are_those_of_the_median_and_its_absolute_deviation(seen: list[int], rows: int) -> None:
-    past = [Past(hour=24 * 7 + place // 24, profile=replace(ORDINARY, rows=count, clicks=0)) for place, count in enumerate(seen)]
+    past = [Past(hour=168 + place // 24, profile=replace(ORDINARY, rows=count, clicks=0)) for place, count in enumerate(seen)]
     logs = np.log(seen)
     median = np.median(logs)
     step = max(math.log(3), 6 * 1.4826 * np.median(np.abs(logs - median)))
     outside = abs(math.log(max(rows, 1)) - median) > step
-    figures = [alarm.figure for alarm in raised(replace(ORDINARY, rows=rows, clicks=0), past, hour=24 * 7 + 12)]
+    figures = [alarm.figure for alarm in raised(replace(ORDINARY, rows=rows, clicks=0), past, hour=168 + 12)]
     assert ("rows" in figures) == outside
 
 
