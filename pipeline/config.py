@@ -24,6 +24,7 @@ from pydantic_settings import (
 
 from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError
+from pipeline.evaluation.gate import Limits
 from sampling.plan import Rules
 from sampling.strata import Allocation, StratifyBy
 from sampling.thinning import Correction, Method
@@ -326,6 +327,42 @@ class AlarmsConfig(_Part):
     """Windows of the last seven days that must be known; before, nothing is out of line."""
 
 
+class GateConfig(_Part):
+    """What is asked of a model before it serves."""
+
+    action: Literal["enforce", "observe", "off"] = "enforce"
+    """A model that the gate rejects does not serve, and its window is held aside; or every model serves and the report says
+    what the gate would have done; or nothing is compared, and no row is held out."""
+    holdout_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of a window's users whose rows are not learned in it but judged on; they are learned with the next window."""
+    false_rejections: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """Chance that a model as good as the one that serves is rejected."""
+    auc_margin: Annotated[float, Field(gt=0)] = 0.02
+    """The AUC difference must be known to so much, as half of a 95 % interval; else the model does not serve yet, and the next
+    window's held-out rows are added."""
+    max_windows: Annotated[int, Field(ge=1)] = 6
+    """Windows whose held-out rows are added up at most; then a model without proof of harm serves."""
+    min_copc: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Clicks over predicted clicks, at least, unless the model that serves is as far off."""
+    max_copc: Annotated[float, Field(ge=1)] = 2.0
+    """The same, at most."""
+    max_churn: Annotated[float, Field(gt=0)] = 1.0
+    """Mean absolute change of a held-out row's log odds, at most."""
+    leak_factor: Annotated[float, Field(gt=0)] = 10.0
+    """A gain of AUC so many robust deviations above the median of earlier gains is taken for a feature that knows the label."""
+    min_history: Annotated[int, Field(ge=2)] = 12
+    """Earlier gains that must be known for that."""
+    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of steps whose loss was not finite, at most."""
+    bootstrap_samples: Annotated[int, Field(ge=50)] = 500
+    """Samples of users that the intervals come from."""
+
+    def limits(self) -> Limits:
+        """As the gate takes them."""
+        own = self.model_dump(exclude={"action", "holdout_share", "min_copc", "max_copc"})
+        return Limits(**own, copc_bounds=(self.min_copc, self.max_copc))
+
+
 class TrackingConfig(_Part):
     """MLflow."""
 
@@ -387,6 +424,7 @@ class UpdateConfig(BaseSettings):
     budget: BudgetConfig = BudgetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    gate: GateConfig = GateConfig()
     tracking: TrackingConfig = TrackingConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
 

@@ -34,6 +34,7 @@ def describe(
     scores: Scores,
     seconds: dict[str, float],
 ) -> UpdateReport:
+    """The report of an update that learned its window and saved the model."""
     before, after, frozen = (score.metrics if score else None for score in (scores.before, scores.after, scores.frozen))
     measured, logged = before or after, learned.first(rows.num_logged)
     return UpdateReport(
@@ -65,12 +66,13 @@ def describe(
             *saved.learner.sparse_step.notes(),
             *rows.notes,
             *plan_notes(config.training, learned, saved.learner, rows.encoded.num_rows),
-            *_notes(window, logged, measured, rows.encoded.num_rows, rows.num_logged),
+            *_notes(window, logged, measured, rows),
             *(plan.notes() if plan else ()),
         ),
         ids=rows.ids,
         sampling=plan,
         rows_thinned=logged.thinned_rows,
+        rows_held_out=_held_out(rows),
         clicks_corrected=window.clicks.num_corrections if window.clicks else 0,
         fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
         row_seconds=learned.step_time.row_seconds if learned.step_time else None,
@@ -78,21 +80,21 @@ def describe(
     )
 
 
+def as_rejected(report: UpdateReport, state: ModelState) -> UpdateReport:
+    """The report of an update whose model the gate turned away: no row of it is part of a model."""
+    version = state.serving if state.serving is not None else state.version
+    return replace(report, outcome="rejected", version=version, rows_learned=0, rows_pending=0, rows_held_out=0)
+
+
 def describe_suspicious(
-    config: UpdateConfig,
-    spec: DatasetSpec,
-    window: Window,
-    state: ModelState,
-    held_as: str,
-    seen: Checked,
-    seconds: dict[str, float],
+    config: UpdateConfig, spec: DatasetSpec, window: Window, state: ModelState, seen: Checked, seconds: dict[str, float]
 ) -> UpdateReport:
-    """The report of an update that held its window aside and learned nothing."""
+    """The report of an update that learned nothing, because of an alarm."""
     return UpdateReport(
         dataset=spec.name,
         model_name=config.model_name,
         outcome="suspicious",
-        version=state.version,
+        version=state.serving if state.serving is not None else state.version,
         log_version=window.log_version,
         window_start=as_time(window.start),
         window_end=as_time(window.end),
@@ -112,10 +114,7 @@ def describe_suspicious(
         loss_curve=(),
         skipped_steps=0,
         git_commit=_git_commit(),
-        notes=(
-            *(alarm.sentence for alarm in seen.alarms),
-            f"held aside as {held_as}; release or discard it with flows/held.py",
-        ),
+        notes=tuple(alarm.sentence for alarm in seen.alarms),
         profile=seen.profile,
         alarms=seen.alarms,
     )
@@ -142,11 +141,18 @@ def with_steadiness(
     return replace(report, stability=figures, diagnosis=diagnosis)
 
 
-def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows: int, num_logged: int) -> Iterator[str]:
+def _held_out(rows: WindowRows) -> int:
+    return int((rows.held_out < rows.num_logged).sum())
+
+
+def _notes(window: Window, learned: Learned, measured: Metrics | None, rows: WindowRows) -> Iterator[str]:
     """Everything that was not done as a reader would take for granted."""
-    unreached = int(learned.unreached_R.sum())
+    held_out = _held_out(rows)
+    if held_out:
+        yield f"{held_out:,} rows were held out to judge the model by; they are learned with the next window"
+    unreached = int(learned.unreached_R.sum()) - held_out
     if unreached:
-        yield f"out of time: {unreached:,} of {num_logged:,} rows wait for the next update"
+        yield f"out of time: {unreached:,} of {rows.num_logged:,} rows wait for the next update"
     capped = sum(piece.num_rows for piece in window.left if piece.file.hour < window.end)
     if capped:
         yield f"{capped:,} rows over window.max_rows wait for the next update"
@@ -156,8 +162,8 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None, num_rows:
         yield f"{window.removed_rows:,} rows that were waiting have left the click log: their hour was replaced or outlived it"
     if learned.skipped_steps:
         yield f"{learned.skipped_steps} steps over {learned.skipped_rows:,} rows were skipped, their loss was not finite"
-    if measured and measured.rows < num_rows:
-        yield f"evaluated on a random {measured.rows:,} of {num_rows:,} rows"
+    if measured and measured.rows < len(rows.evaluated):
+        yield f"evaluated on a random {measured.rows:,} of {len(rows.evaluated):,} rows"
     if measured and measured.auc is None:
         yield f"all {measured.rows:,} evaluated rows are of one class: there is no AUC"
 

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import torch
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint, SpecMismatch
-from data_schemas.examples import Examples
+from data_schemas.examples import I64, Examples
 from models.ctr import Architecture, CtrModel, build_model
 from models.id_table import SHARED_ROW, IdFigures, IdTables
 from models.memory import Memory, column_names
@@ -34,11 +35,13 @@ from pipeline.config import ModelConfig, UpdateConfig
 from pipeline.data.encode import EncodedWindow, dense_columns, look_up_again, num_dense_columns, num_normalised
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
+from pipeline.evaluation.paired import Evidence
 from pipeline.publishing.checkpoint import (
     Manifest,
     Moments,
     Sampled,
     current_version,
+    head_version,
     load_cursor,
     load_dense,
     load_memory,
@@ -67,6 +70,9 @@ GATE = "head.gate_F"
 NOISE_SCALE = "noise_scale"
 """Name of what was measured of the gradient noise scale."""
 
+EVIDENCE = "gate/"
+"""Prefix of held-out rows that could not decide yet."""
+
 GROUP = "optimizer_group."
 """Prefix of what the dense optimizer keeps once a group of parameters."""
 
@@ -87,6 +93,10 @@ class ModelState:
     cursor: Cursor
     version: int
     """Of the checkpoint that it was restored from; 0 for a new model."""
+    serving: int | None = None
+    """The version that serves, where it is another: what this one learned since is not proven."""
+    evidence: Evidence | None = None
+    """Of its comparison with the one that serves, which could not decide."""
     notes: tuple[str, ...] = ()
     """What happened on the way, such as a corrupt checkpoint that was passed over."""
 
@@ -102,9 +112,7 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
     notes: list[str] = []
     for version in _candidates(config):
         try:
-            manifest = read_manifest(config.model_dir, version)
-            _check_fit(manifest, config, spec)
-            state = _restore(manifest, config, spec, processes)
+            state = _restored(version, config, spec, processes)
             return replace(state, notes=(*notes, *state.notes))
         except CorruptCheckpoint as error:
             set_aside(config.model_dir, version)
@@ -118,6 +126,16 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
     return _create(config, spec, processes)
 
 
+def restore_serving(config: UpdateConfig, spec: DatasetSpec, state: ModelState) -> ModelState:
+    """The model that serves, where `state` is another.
+
+    Raises:
+        CorruptCheckpoint: it is not whole.
+    """
+    assert state.serving is not None
+    return _restored(state.serving, config, spec, state.learner.processes)
+
+
 def save(
     state: ModelState,
     window: Window,
@@ -127,8 +145,9 @@ def save(
     *,
     seed: tuple[int, ...],
     sampling: SamplingPlan | None = None,
+    published: bool = True,
 ) -> ModelState:
-    """Publishes the state after a window as the next version; the state as saved."""
+    """Publishes the state after a window as the next version, or keeps it for the next update; the state as saved."""
     learner = state.learner
     version = max(state.version + 1, next_version(config.model_dir))
     cursor = window.cursor_after(learned.unreached_R)
@@ -161,10 +180,11 @@ def save(
         manifest,
         dense=_dense_tensors(learner),
         tables=learner.model.tables,
-        memory=state.memory.arrays() | state.ids.arrays() | state.replay.arrays(),
+        memory=state.memory.arrays() | state.ids.arrays() | state.replay.arrays() | _evidence_arrays(state, published),
         pending=bitmaps,
         keep=config.keep_checkpoints,
         processes=learner.processes,
+        published=published,
     )
     return replace(state, cursor=cursor, version=version)
 
@@ -176,7 +196,7 @@ def admit_ids(
     spec: DatasetSpec,
     *,
     hour: int,
-    num_counted: int | None = None,
+    counted_rows: I64 | None = None,
 ) -> tuple[EncodedWindow, dict[str, IdFigures]]:
     """Counts a window's ids before it is learned; those seen often enough get rows that start as the shared row does.
 
@@ -186,12 +206,12 @@ def admit_ids(
         window: the same, as they were predicted.
         spec: of the model.
         hour: the start of the window, in hours since 1970.
-        num_counted: the first so many rows are sightings of their ids; the others were drawn. None: all are.
+        counted_rows: sightings of their ids; the others were drawn, or are learned later. None: all are.
 
     Returns:
         The window with the rows that its ids have now, and what happened, by feature with admitted ids.
     """
-    counted = examples if num_counted in (None, examples.num_rows) else examples.take(np.arange(num_counted))
+    counted = examples if counted_rows is None else examples.take(counted_rows)
     admissions = state.ids.admit(counted, hour)
     if not admissions:
         return window, {}
@@ -236,9 +256,24 @@ def default_device() -> torch.device:
 
 
 def _candidates(config: UpdateConfig) -> list[int]:
-    """Versions to try: the one that CURRENT names, there or not, then the older ones; all there are without CURRENT."""
+    """Versions to try: what learned on since, then the one that CURRENT names, there or not, then the older ones; all there are
+    without CURRENT."""
     current, newest_first = current_version(config.model_dir), versions(config.model_dir)[::-1]
-    return newest_first if current is None else [current, *(version for version in newest_first if version < current)]
+    head = head_version(config.model_dir)
+    on = [] if head is None else [head]
+    return [*on, *newest_first] if current is None else [*on, current, *(number for number in newest_first if number < current)]
+
+
+def _restored(version: int, config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
+    manifest = read_manifest(config.model_dir, version)
+    _check_fit(manifest, config, spec)
+    return _restore(manifest, config, spec, processes)
+
+
+def _evidence_arrays(state: ModelState, published: bool) -> dict[str, npt.NDArray[Any]]:
+    if published or state.evidence is None:
+        return {}
+    return {f"{EVIDENCE}{name}": array for name, array in state.evidence.arrays().items()}
 
 
 def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> None:
@@ -318,6 +353,8 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     memory, ids, kept = Memory(spec), IdTables(spec), load_memory(config.model_dir, manifest)
     memory.load(kept)
     ids.load(kept)
+    evidence = {name.removeprefix(EVIDENCE): array for name, array in kept.items() if name.startswith(EVIDENCE)}
+    serving = current_version(config.model_dir)
     return ModelState(
         learner=learner,
         moments=moments,
@@ -326,6 +363,8 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         replay=ReplayMemory.load(kept, config.sampling, spec, num_normalised(spec)),
         cursor=cursor,
         version=manifest.version,
+        serving=serving if manifest.version == head_version(config.model_dir) else None,
+        evidence=Evidence.of_arrays(evidence) if evidence else None,
         notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),
     )
 

@@ -8,12 +8,17 @@ from typing import Literal
 from models.id_table import IdFigures
 from pipeline.evaluation.alarms import Alarm
 from pipeline.evaluation.diagnosis import Diagnosis
+from pipeline.evaluation.gate import GateVerdict
 from pipeline.evaluation.metrics import Metrics
 from pipeline.evaluation.profile import WindowProfile
 from pipeline.evaluation.stability import Stability
 from sampling.plan import SamplingPlan
 
-Outcome = Literal["published", "suspicious", "empty"]
+Outcome = Literal["published", "held", "rejected", "suspicious", "empty"]
+"""`held`: learned, but not proven yet, so the model before goes on serving; `rejected`: the gate turned it away;
+`suspicious`: an alarm kept it from being learned."""
+LEARNED: tuple[Outcome, ...] = ("published", "held")
+"""Outcomes after which the window is part of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ class UpdateReport:
     model_name: str
     outcome: Outcome
     version: int
-    """Checkpoint that serves after the update."""
+    """Checkpoint that the update made; where it made none, the one that goes on serving."""
     log_version: int
     """Version of the click log that the model has consumed."""
     window_start: datetime
@@ -105,6 +110,12 @@ class UpdateReport:
     """What the window's rows looked like; later windows are compared with it, if it was learned."""
     alarms: tuple[Alarm, ...] = ()
     """What was out of line in them."""
+    rows_held_out: int = 0
+    """Of `rows_pending`, rows that models are judged by; they are learned with the next window."""
+    gate: GateVerdict | None = None
+    """None where there was no model to compare with."""
+    serving: int | None = None
+    """Checkpoint that goes on serving, where it is not `version`."""
     fixed_seconds: float | None = None
     """Of a training step, undisturbed, as fitted in the pass: `fixed_seconds + row_seconds * rows`; None if not measured."""
     row_seconds: float | None = None

@@ -51,7 +51,7 @@ def roll_back(config: UpdateConfig, version: int | None = None) -> RolledBack:
     with alone(config.model_dir):
         before = current_version(config.model_dir)
         chosen = _chosen(config, before, version)
-        manifest = read_manifest(config.model_dir, chosen, undone=chosen in undone_versions(config.model_dir))
+        manifest = read_manifest(config.model_dir, chosen)
         go_back_to(config.model_dir, chosen)
         notes = _follow_in_registry(config, manifest)
     return RolledBack(

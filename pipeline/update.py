@@ -1,6 +1,6 @@
 """One update, from the rows that wait in the click log to the published model: the whole story on one screen.
 
-window -> evaluate before learning -> learn until done or out of time -> evaluate -> publish -> report
+window -> check -> evaluate before learning -> learn until done or out of time -> evaluate -> judge -> publish -> report
 """
 
 import logging
@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from data_schemas.dataset import DatasetSpec, load_spec
+from data_schemas.examples import F32
 from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.clicks import is_correction, join_clicks, require_correctable
@@ -24,20 +25,24 @@ from pipeline.data.negatives import require_sampler
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.window_rows import WindowRows, load_rows
 from pipeline.data.windows import Window, next_window
-from pipeline.describe import describe, describe_suspicious, one_line, with_steadiness
+from pipeline.describe import as_rejected, describe, describe_suspicious, one_line, with_steadiness
 from pipeline.evaluation.alarms import Checked, alarms_of, past_of
+from pipeline.evaluation.champion import champion_probabilities, gate_verdict, gathered_evidence
+from pipeline.evaluation.gate import GateVerdict
 from pipeline.evaluation.judge import Score, Scores, evaluate, evaluate_before, frozen_folder
 from pipeline.evaluation.profile import profile_of
 from pipeline.lock import alone
 from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
-from pipeline.outcome import UpdateReport
+from pipeline.outcome import LEARNED, UpdateReport
+from pipeline.publishing.checkpoint import current_version, forget_unpublished
 from pipeline.publishing.predictor import export_predictor, predictor_of
-from pipeline.publishing.report import append_history, read_history, verdict
+from pipeline.publishing.report import append_history, read_history, reason_of
+from pipeline.publishing.report import verdict as verdict_of
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.learn import Learned, Progress, learn
 from pipeline.training.replay import after_window, with_replay
-from pipeline.training.sampling import sample_window
+from pipeline.training.sampling import sample_window, without_rows
 from pipeline.training.step_time import StepTimeFit
 from sampling.plan import SamplingPlan
 
@@ -45,7 +50,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-AFTER_LEARNING = ("evaluate after learning", "checkpoint", "publish")
+AFTER_LEARNING = ("evaluate after learning", "judge", "checkpoint", "publish")
 """Stages that the reserve is kept for."""
 
 
@@ -76,7 +81,7 @@ def run_update(
     require_correctable(spec, config.sampling)
     stages, now = _Stages(stage, clock), now or datetime.now(UTC)
     with alone(config.model_dir):
-        history = [record for record in read_history(config.model_dir) if record["outcome"] == "published"]
+        history = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
         state = stages.run("restore", lambda: restore_or_create(config, spec))
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
         if window is None:
@@ -85,14 +90,25 @@ def run_update(
         rows = stages.run("load", lambda: load_rows(click_log, window, state, spec, config))
         seen = stages.run("check the data", lambda: _check(state, rows, window, config, spec, history))
         if seen.alarms and config.alarms.action == "hold":
-            return stages.run("hold aside", lambda: _hold(state, window, seen, config, spec, stages.seconds, now))
+            report = describe_suspicious(config, spec, window, state, seen, stages.seconds)
+            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
         before, frozen = stages.run("evaluate before learning", lambda: evaluate_before(state, rows, config, spec, deadline))
+        champion_H = stages.run("predict as the champion", lambda: champion_probabilities(state, rows, config, spec))
         rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: evaluate(state, rows, config, deadline))
-        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec))
-        report = describe(config, spec, window, saved, rows, learned, plan, Scores(before, after, frozen), stages.seconds)
+        state, verdict = stages.run("judge", lambda: _judge(state, rows, champion_H, learned, config, history))
+        scores, own = Scores(before, after, frozen), config.gate.action == "enforce"
+        if own and verdict and verdict.decision == "reject":
+            report = describe(config, spec, window, state, rows, learned, plan, scores, stages.seconds)
+            report = replace(as_rejected(report, state), profile=seen.profile, gate=verdict)
+            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
+        published = not (own and verdict and verdict.decision == "hold")
+        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec, published))
+        report = describe(config, spec, window, saved, rows, learned, plan, scores, stages.seconds)
         report = with_steadiness(report, window, learned, before, after, history)
-        report = replace(report, profile=seen.profile, alarms=seen.alarms, notes=(*report.notes, *_warnings(seen)))
+        report = report if published else replace(report, outcome="held", serving=current_version(config.model_dir))
+        report = replace(report, profile=seen.profile, alarms=seen.alarms, gate=verdict)
+        report = replace(report, notes=(*report.notes, *_warnings(seen, verdict, config)))
         append_history(config.model_dir, report)
         note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
         report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
@@ -159,38 +175,54 @@ def _check(
     return Checked(profile=profile, alarms=alarms)
 
 
-def _hold(
-    state: ModelState,
-    window: Window,
-    seen: Checked,
-    config: UpdateConfig,
-    spec: DatasetSpec,
-    seconds: dict[str, float],
-    now: datetime,
-) -> UpdateReport:
-    """Holds the window aside; nothing of it is learned or counted, and the model and what it has consumed stay as they are."""
+def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now: datetime) -> UpdateReport:
+    """Holds the window aside; the model that serves and what it has consumed stay as they are.
+
+    What was learned since, and is not proven, is forgotten when the gate rejects it: those windows wait again.
+    """
     held = hold_aside(
         config.model_dir,
         start=window.start,
         end=window.end,
         log_version=window.log_version,
         pieces=window.pieces,
-        kind="alarm",
-        reason="; ".join(alarm.sentence for alarm in seen.alarms),
+        kind="gate" if report.outcome == "rejected" else "alarm",
+        reason=reason_of(report),
         now=now,
     )
-    report = describe_suspicious(config, spec, window, state, held.id, seen, seconds)
+    if report.outcome == "rejected":
+        forget_unpublished(config.model_dir)
+    note = f"held aside as {held.id}; release or discard it with flows/held.py"
+    report = replace(report, notes=(*report.notes, note))
     append_history(config.model_dir, report)
     if config.tracking.enabled:
         from pipeline.publishing.publish import track_only  # imports MLflow, which takes a second
 
         report = replace(report, notes=(*report.notes, *track_only(config, report)))
-    log.warning("%s", verdict(report))
+    log.warning("%s", verdict_of(report))
     return report
 
 
-def _warnings(seen: Checked) -> Iterator[str]:
-    return (f"out of line, and learned all the same: {alarm.sentence}" for alarm in seen.alarms)
+def _warnings(seen: Checked, verdict: GateVerdict | None, config: UpdateConfig) -> Iterator[str]:
+    yield from (f"out of line, and learned all the same: {alarm.sentence}" for alarm in seen.alarms)
+    if verdict and verdict.decision != "publish" and config.gate.action == "observe":
+        yield f"the gate would {verdict.decision}, and is only to observe: {verdict.reason}"
+
+
+def _judge(
+    state: ModelState,
+    rows: WindowRows,
+    champion_H: F32,
+    learned: Learned,
+    config: UpdateConfig,
+    history: Sequence[Mapping[str, Any]],
+) -> tuple[ModelState, GateVerdict | None]:
+    """The state with the evidence that it goes on with, and the verdict; none where there is no model to compare with, or where
+    a person wants the window to be learned."""
+    if not rows.judged:
+        return state, None
+    evidence = gathered_evidence(state, rows, champion_H)
+    return replace(state, evidence=evidence), gate_verdict(evidence, rows, learned, config, history)
 
 
 def _learn(
@@ -203,13 +235,15 @@ def _learn(
     progress: Progress,
 ) -> tuple[WindowRows, Learned, SamplingPlan | None]:
     """What was done, and all rows as they are now, those left out too: new ids may have rows of their own."""
-    encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, num_counted=rows.num_logged)
+    counted = np.setdiff1d(np.arange(rows.num_logged), rows.held_out, assume_unique=True)
+    encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, counted_rows=counted)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
     learner, fit = state.learner, StepTimeFit(prior=earlier_step_time(read_history(config.model_dir)))
     refuse_too_small(config, deadline, fit.prior)
     policy = batch_policy(training, fit=fit, noise_scale=lambda: learner.noise_scale.last)
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
     sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
+    sampled = without_rows(sampled, rows.held_out)
     learned = learn(
         learner,
         sampled.window,
@@ -224,6 +258,7 @@ def _learn(
     num_past = sampled.window.num_rows - rows.encoded.num_rows
     past = (f"{num_past:,} past rows were learned again",) if num_past else ()
     rows = replace(rows, notes=(*rows.notes, *past), learned=sampled)
+    learned = learned.leaving(rows.held_out)
     return rows, replace(learned, step_time=fit.line if fit.measured else None), sampled.plan
 
 
@@ -235,8 +270,9 @@ def _checkpoint(
     plan: SamplingPlan | None,
     config: UpdateConfig,
     spec: DatasetSpec,
+    published: bool,
 ) -> ModelState:
-    """The state as saved; from now on it serves, and its rows are consumed."""
+    """The state as saved; its rows are consumed, and if it is published it serves from now on."""
     reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
     shown = reached[~is_correction(rows.encoded.labels_R[reached])]
@@ -246,7 +282,7 @@ def _checkpoint(
         state = replace(state, replay=replay)
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan)
+    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=published)
     folder = frozen_folder(config)
     frozen_after = config.evaluation.frozen_after_updates
     if frozen_after and saved.version >= frozen_after and not folder.is_dir():

@@ -19,7 +19,7 @@ from pipeline.data.held import held_windows
 from pipeline.data.lake import ClickLog, LogFile, Quarantine
 from pipeline.data.lineage import Piece, Rewrite, added_between, carry
 from pipeline.data.windows import Cursor, as_time
-from pipeline.publishing.checkpoint import current_version, load_cursor, read_manifest, undone_versions, versions
+from pipeline.publishing.checkpoint import current_version, head_version, load_cursor, read_manifest, undone_versions, versions
 
 MAX_ATTEMPTS = 5
 """How often the log's retention is tried again because another process wrote to the log meanwhile."""
@@ -117,11 +117,11 @@ def _kept_checkpoints(config: UpdateConfig, notes: list[str]) -> Iterator[_Kept]
             notes.append(f"model {folder.name}: {error}")
             yield _Kept(serves=True, cursor=None)
             continue
-        numbers = [(number, False) for number in versions(folder)] + [(number, True) for number in undone_versions(folder)]
-        for number, undone in numbers:
-            serves = number == serving and not undone
+        head = head_version(folder)
+        for number in [*versions(folder), *undone_versions(folder), *([head] if head else [])]:
+            serves = number == serving
             try:
-                cursor = load_cursor(folder, read_manifest(folder, number, undone=undone), undone=undone)
+                cursor = load_cursor(folder, read_manifest(folder, number))
                 yield _Kept(serves=serves, cursor=cursor)
             except (TidemarkError, OSError) as error:  # one that was just pruned is missing, too
                 notes.append(f"model {folder.name}: {error}")

@@ -3,7 +3,7 @@
 Enters: a `Window` and the model's memory. Leaves: `WindowRows`, drawn negatives included.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,9 +18,11 @@ from pipeline.config import UpdateConfig
 from pipeline.data.clicks import as_corrections, is_correction
 from pipeline.data.encode import EncodedWindow, encode
 from pipeline.data.lake import ClickLog, RowRange
+from pipeline.data.lineage import Mask
 from pipeline.data.loader import columns_to_read, to_examples
 from pipeline.data.negatives import with_negatives
 from pipeline.data.windows import Window, read_pieces, read_window
+from pipeline.evaluation.paired import held_out
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState
 from pipeline.training.sampling import SampledWindow
@@ -45,6 +47,12 @@ class WindowRows:
 
     Rows that an earlier window did not reach are left out: counters know what happened around them by now.
     """
+    held_out: I64
+    """Rows of the click log that are not learned now, and that models are judged by; those that are evaluated are among
+    them."""
+    judged: bool
+    """Whether the model is compared with the one before; not, where there is none, or where a person wants the window
+    learned."""
     seed: tuple[int, ...]
     sample: pd.DataFrame
     """The first rows as they stand in the click log."""
@@ -73,17 +81,31 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
         before=_trailing_rows(click_log, window, spec, config.sampling.negatives_trailing_hours),
     )
     examples = drawn.examples
-    new = np.flatnonzero((examples.hour_R >= window.start) & ~is_correction(examples.labels_R))
+    shown_R = ~is_correction(examples.labels_R)
+    held_out = _held_out(examples, window, state, config, seed=seed) & shown_R
+    new = np.flatnonzero((examples.hour_R >= window.start) & shown_R)
     return WindowRows(
         examples=examples,
         encoded=replace(encoded(examples), logit_shifts_R=drawn.shift_R),
         num_logged=drawn.num_logged,
         judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),
+        held_out=np.flatnonzero(held_out),
+        judged=_is_judged(window, state, config),
         seed=seed,
         sample=_raw_sample(table),
         notes=(*drawn.notes, *_click_notes(window)),
     )
+
+
+def _held_out(examples: Examples, window: Window, state: ModelState, config: UpdateConfig, *, seed: Sequence[int]) -> Mask:
+    if not _is_judged(window, state, config):
+        return np.zeros(examples.num_rows, bool)
+    return held_out(examples.user_R, share=config.gate.holdout_share, salt=seed)
+
+
+def _is_judged(window: Window, state: ModelState, config: UpdateConfig) -> bool:
+    return config.gate.action != "off" and state.version > 0 and not window.released
 
 
 def _logged(click_log: ClickLog, window: Window, spec: DatasetSpec) -> tuple[Examples, pa.Table]:

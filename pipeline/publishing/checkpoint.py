@@ -5,6 +5,7 @@
                                    /tables-0-of-1.safetensors    this process's rectangles of tables and accumulators
                                    /memory.safetensors       counters and histories
                                    /pending.safetensors      bitmaps of rows still to be learned
+    <model_dir>/checkpoints/v000008.unpublished/             learned, but not proven: the next update goes on from it
     <model_dir>/CURRENT                                      the name of the version that serves
 
 A version is written into a temporary folder, synced, renamed, and only then does CURRENT move: a reader sees the old model
@@ -41,6 +42,8 @@ MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
 UNDONE = ".undone"
 """Ending of the folder of a version that a rollback took out of service."""
+UNPUBLISHED = ".unpublished"
+"""Ending of the folder of a version that learned on, and does not serve."""
 FORMAT = 1
 Content = Literal["dense", "tables", "memory", "pending"]
 
@@ -150,17 +153,19 @@ def save_checkpoint(
     pending: Mapping[str, torch.Tensor],
     keep: int,
     processes: Processes,
+    published: bool = True,
 ) -> Path:
     """Writes version `manifest.version` and makes it the current one; the older ones but for the last `keep` go.
 
-    Each process writes its own rectangles of the tables; the first one writes everything else and publishes.
+    Each process writes its own rectangles of the tables; the first one writes everything else and publishes. One that is not
+    to be `published` becomes the head instead: the next update goes on from it, and CURRENT stays.
 
     Raises:
         OSError: the disk is full or not writable; the version before stays current and nothing is left behind.
     """
     folder = model_dir / "checkpoints"
     staged = folder / f"{_name(manifest.version)}.tmp"
-    final = folder / _name(manifest.version)
+    final = folder / f"{_name(manifest.version)}{'' if published else UNPUBLISHED}"
     if processes.rank == 0:
         _stage(folder, staged)
     processes.wait()
@@ -173,28 +178,44 @@ def save_checkpoint(
         shutil.rmtree(staged, ignore_errors=True)
         raise
     if processes.rank == 0:
-        point_to(model_dir, manifest.version)
+        if published:
+            point_to(model_dir, manifest.version)
         _prune(folder, keep)
+        forget_unpublished(model_dir, but=None if published else manifest.version)
     processes.wait()
     return final
 
 
 def versions(model_dir: Path) -> list[int]:
     """Versions on disk, oldest first, broken ones included."""
-    names = (path.name for path in (model_dir / "checkpoints").glob("v*"))
-    return sorted(int(name[1:]) for name in names if re.fullmatch(r"v\d{6,}", name))
+    return _numbers(model_dir, "")
+
+
+def head_version(model_dir: Path) -> int | None:
+    """The version that the next update goes on from where it is not the current one: later than that, and unpublished."""
+    newest = max(_numbers(model_dir, UNPUBLISHED), default=None)
+    current = current_version(model_dir)
+    return newest if newest is not None and newest > (current or 0) else None
+
+
+def forget_unpublished(model_dir: Path, *, but: int | None = None) -> None:
+    """Deletes what learned on and was not proven, except one version."""
+    for number in _numbers(model_dir, UNPUBLISHED):
+        if number != but:
+            shutil.rmtree(model_dir / "checkpoints" / f"{_name(number)}{UNPUBLISHED}")
 
 
 def undone_versions(model_dir: Path) -> list[int]:
     """Versions that a rollback took out of service, oldest first; they are kept as long as others are."""
-    names = (path.name for path in (model_dir / "checkpoints").glob(f"v*{UNDONE}"))
-    return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"v(\d{{6,}}){re.escape(UNDONE)}", name)))
+    return _numbers(model_dir, UNDONE)
 
 
 def next_version(model_dir: Path) -> int:
     """A number that no version had, not even one that was set aside or undone."""
     names = (path.name for path in (model_dir / "checkpoints").glob("v*"))
-    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"v(\d{6,})(\.corrupt|\.undone)?", name))]
+    numbers = [
+        int(found[1]) for name in names if (found := re.fullmatch(r"v(\d{6,})(\.corrupt|\.undone|\.unpublished)?", name))
+    ]
     return max(numbers, default=0) + 1
 
 
@@ -220,9 +241,9 @@ def point_to(model_dir: Path, version: int) -> None:
 
 def set_aside(model_dir: Path, version: int) -> None:
     """Gives a corrupt version another name, so that it neither serves nor counts among those that are kept."""
-    folder = model_dir / "checkpoints" / _name(version)
+    folder = _folder(model_dir, version)
     if folder.is_dir():
-        folder.rename(folder.with_name(f"{folder.name}.corrupt"))
+        folder.rename(folder.with_name(f"{_name(version)}.corrupt"))
 
 
 def go_back_to(model_dir: Path, version: int) -> None:
@@ -233,6 +254,7 @@ def go_back_to(model_dir: Path, version: int) -> None:
         version: one of `versions` or `undone_versions`, whole.
     """
     folder = model_dir / "checkpoints"
+    forget_unpublished(model_dir)
     for number in undone_versions(model_dir):
         if number <= version:
             (folder / f"{_name(number)}{UNDONE}").rename(folder / _name(number))
@@ -244,25 +266,25 @@ def go_back_to(model_dir: Path, version: int) -> None:
 
 
 def learned_until(model_dir: Path) -> int | None:
-    """End of the last window that the current version learned, in hours since 1970; None where no version can tell.
+    """End of the last window that was learned, in hours since 1970; None where no version can tell.
 
     The manifest alone is read, and not compared with anything.
     """
-    version = current_version(model_dir)
-    path = model_dir / "checkpoints" / _name(version or 0) / MANIFEST
+    version = head_version(model_dir) or current_version(model_dir)
+    path = _folder(model_dir, version or 0) / MANIFEST
     try:
         return Manifest.model_validate_json(path.read_bytes()).window_end
     except (OSError, ValueError):
         return None
 
 
-def read_manifest(model_dir: Path, version: int, *, undone: bool = False) -> Manifest:
-    """The manifest, after every part was compared with its hash; of a version that was `undone` where that is asked for.
+def read_manifest(model_dir: Path, version: int) -> Manifest:
+    """The manifest, after every part was compared with its hash.
 
     Raises:
         CorruptCheckpoint: a part is missing or has changed.
     """
-    folder = model_dir / "checkpoints" / f"{_name(version)}{UNDONE if undone else ''}"
+    folder = _folder(model_dir, version)
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValidationError, ValueError) as error:
@@ -321,10 +343,10 @@ def pack_pending(cursor: Cursor) -> tuple[tuple[PendingRows, ...], dict[str, tor
     return tuple(rows), bitmaps
 
 
-def load_cursor(model_dir: Path, manifest: Manifest, *, undone: bool = False) -> Cursor:
-    """What the checkpoint's model has consumed; of a version that was `undone` where that is asked for."""
+def load_cursor(model_dir: Path, manifest: Manifest) -> Cursor:
+    """What the checkpoint's model has consumed."""
     bitmaps: dict[str, torch.Tensor] = {}
-    for path in _files(model_dir, manifest, "pending", undone=undone):
+    for path in _files(model_dir, manifest, "pending"):
         bitmaps |= load_file(path)
     pieces = []
     for rows in manifest.pending:
@@ -407,8 +429,8 @@ def _by_key(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
     return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in tables.slices()}
 
 
-def _files(model_dir: Path, manifest: Manifest, content: str, *, undone: bool = False) -> Iterator[Path]:
-    folder = model_dir / "checkpoints" / f"{_name(manifest.version)}{UNDONE if undone else ''}"
+def _files(model_dir: Path, manifest: Manifest, content: str) -> Iterator[Path]:
+    folder = _folder(model_dir, manifest.version)
     return (folder / part.file for part in manifest.parts if part.content == content)
 
 
@@ -428,6 +450,19 @@ def _prune(folder: Path, keep: int) -> None:
         shutil.rmtree(folder / _name(version))
     for version in undone_versions(folder.parent)[:-keep]:
         shutil.rmtree(folder / f"{_name(version)}{UNDONE}")
+
+
+def _numbers(model_dir: Path, ending: str) -> list[int]:
+    """Of the folders with this ending, rising."""
+    names = (path.name for path in (model_dir / "checkpoints").glob(f"v*{ending}"))
+    return sorted(int(found[1]) for name in names if (found := re.fullmatch(rf"v(\d{{6,}}){re.escape(ending)}", name)))
+
+
+def _folder(model_dir: Path, version: int) -> Path:
+    """Of a version, whatever became of it: no number is used twice."""
+    folder = model_dir / "checkpoints" / _name(version)
+    others = (folder.with_name(f"{folder.name}{ending}") for ending in (UNPUBLISHED, UNDONE))
+    return next((path for path in (folder, *others) if path.is_dir()), folder)
 
 
 def _name(version: int) -> str:

@@ -1,4 +1,5 @@
-"""The MLflow model registry: a published model that serves what training computed, under the alias `champion`.
+"""The MLflow model registry: a published model that serves what training computed, under the alias `champion`; one that is not
+proven yet, under the alias `challenger`.
 
 Enters: the folder of a predictor, and rows with the probabilities that it gave in training. Leaves: a registered
 version; or an error, and the champion stays who it was.
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 """Alias of the version that serves."""
+CHALLENGER = "challenger"
+"""Alias of a version that has learned more and is not proven yet; of none where the champion is the last that was learned."""
 
 _SERVING_CODE = Path(__file__).with_name("serving.py")
 _SERVED_WITH = (
@@ -49,7 +52,7 @@ def register_model(
     example: pd.DataFrame,
     example_probabilities: npt.NDArray[np.float32],
 ) -> str:
-    """Logs, checks and registers a model, and makes it the champion.
+    """Logs, checks and registers a model, and makes it the champion, or the challenger if it was not published.
 
     Args:
         config: names the registry and how many versions it keeps.
@@ -93,6 +96,7 @@ def promote_checkpoint(config: UpdateConfig, dataset: str, version: int) -> bool
                 return False
             newest = max(found, key=lambda made: int(made.version))
             client.set_registered_model_alias(name, CHAMPION, newest.version)
+            client.delete_registered_model_alias(name, CHALLENGER)
             return True
     except TidemarkError:
         raise
@@ -207,7 +211,9 @@ def _promote(client: "MlflowClient", name: str, logged: Any, report: UpdateRepor
         tags=_tags(report) | {_MODEL_TAG: logged.model_id},
         description=verdict(report),
     )
-    client.set_registered_model_alias(name, CHAMPION, made.version)
+    client.set_registered_model_alias(name, CHAMPION if report.outcome == "published" else CHALLENGER, made.version)
+    if report.outcome == "published":
+        client.delete_registered_model_alias(name, CHALLENGER)
     _forget_old(client, name, keep)
     return str(made.version)
 

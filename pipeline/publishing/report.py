@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from models.id_table import IdFigures
+from pipeline.evaluation.gate import GateVerdict
 from pipeline.evaluation.metrics import Interval, Metrics
 from pipeline.outcome import PlanRecord, UpdateReport
 from sampling.plan import SamplingPlan
@@ -51,8 +52,15 @@ def verdict(report: UpdateReport) -> str:
             f"{window} does not look like the windows before it and was held aside: {report.alarms[0].sentence}; "
             f"version {report.version} goes on serving."
         )
+    if report.outcome == "rejected" and report.gate:
+        return (
+            f"What was learned from {window} was rejected, and the window held aside: {report.gate.reason}; "
+            f"version {report.version} goes on serving."
+        )
     used = f"{report.total_seconds:.1f} s of its {report.budget_seconds:g} s"
     learned = f"Version {report.version} learned {report.rows_learned:,} of {report.rows:,} rows of {window} in {used}"
+    if report.outcome == "held" and report.gate:
+        return f"{learned}, and does not serve yet: {report.gate.reason}; version {report.serving} goes on serving."
     if report.before is None or report.before.auc is None:
         return f"{learned}."
     score = f"{learned}; before it learned them, the model ranked them with AUC {report.before.auc:.3f}"
@@ -60,6 +68,11 @@ def verdict(report: UpdateReport) -> str:
         return f"{score}."
     gain = report.before.auc - report.frozen.auc
     return f"{score}, {abs(gain):.3f} {'above' if gain >= 0 else 'below'} the model that stopped learning."
+
+
+def reason_of(report: UpdateReport) -> str:
+    """Why the window of the update was held aside."""
+    return report.gate.reason if report.gate else "; ".join(alarm.sentence for alarm in report.alarms)
 
 
 def as_markdown(report: UpdateReport, plots: Mapping[str, str] | None = None) -> str:
@@ -74,6 +87,7 @@ def as_markdown(report: UpdateReport, plots: Mapping[str, str] | None = None) ->
         verdict(report),
         _figures(report),
         *(f"![{title}]({address})" for title, address in (plots or {}).items()),
+        _gate(report.gate),
         _stability(report),
         _rows(report),
         _sampling(report.sampling),
@@ -202,6 +216,22 @@ def _with_interval(metrics: Metrics, name: str, digits: int) -> str:
     return text if interval is None else f"{text} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
+def _gate(verdict: GateVerdict | None) -> str:
+    if verdict is None:
+        return ""
+    lines = [_line("figure", "value", "from", "to", "passed"), _line("---", "---:", "---:", "---:", "---")]
+    for figure in verdict.figures:
+        cells = (_figure(figure.value, 4), _figure(figure.low, 4), _figure(figure.high, 4))
+        lines.append(_line(figure.name, *cells, "yes" if figure.passed else f"**no**: {figure.sentence}"))
+    meaning = (
+        f"On {verdict.rows:,} held-out rows of {verdict.users:,} users, {verdict.clicks:,} of them clicked. AUC and log loss: "
+        "what the model gained on the one that serves, with a 95 % interval over users; of the other figures, what is allowed."
+    )
+    if delong := verdict.delong_interval:
+        meaning += f" DeLong's interval, which takes rows as independent: [{delong.low:+.4f}, {delong.high:+.4f}]."
+    return f"## Gate\n\nDecision: **{verdict.decision}**: {verdict.reason}.\n\n" + "\n".join(lines) + f"\n\n{meaning}"
+
+
 def _stability(report: UpdateReport) -> str:
     figures, diagnosis = report.stability, report.diagnosis
     if figures is None or diagnosis is None:
@@ -234,6 +264,8 @@ def _rows(report: UpdateReport) -> str:
         "learned": report.rows_learned,
         "pending for the next update": report.rows_pending,
     }
+    if report.rows_held_out:
+        counts["of them held out to judge the model by"] = report.rows_held_out
     if report.rows_thinned:
         counts["left out for want of time"] = report.rows_thinned
     if report.skipped_steps:

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from pipeline.evaluation.gate import GateVerdict
 from pipeline.evaluation.metrics import Interval, Metrics
 from pipeline.outcome import UpdateReport
 
@@ -29,6 +30,8 @@ HEADINGS = (
     "pending",
     "AUC before [95 %]",
     "AUC after [95 %]",
+    "gain by the gate [95 %]",
+    "alarms",
     "notes",
 )
 
@@ -52,6 +55,9 @@ class StatusRow:
     pending: str
     before: str
     after: str
+    gain: str
+    """Of AUC on held-out rows, over the model that served."""
+    alarms: str
     notes: tuple[str, ...]
 
     def cells(self) -> tuple[str, ...]:
@@ -66,6 +72,8 @@ class StatusRow:
             self.pending,
             self.before,
             self.after,
+            self.gain,
+            self.alarms,
             str(len(self.notes)) if self.notes else _ABSENT,
         )
 
@@ -133,6 +141,8 @@ def _row(report: UpdateReport, serving: int | None) -> StatusRow:
         pending=f"{report.rows_pending:,}",
         before=_auc(report.before),
         after=_auc(report.after),
+        gain=_gain(report.gate),
+        alarms=str(len(report.alarms)) if report.alarms else _ABSENT,
         notes=report.notes,
     )
 
@@ -142,6 +152,13 @@ def _auc(metrics: Metrics | None) -> str:
         return _ABSENT
     interval: Interval | None = metrics.auc_interval
     return f"{metrics.auc:.4f}" + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval else "")
+
+
+def _gain(verdict: GateVerdict | None) -> str:
+    if verdict is None or verdict.auc_difference is None:
+        return _ABSENT
+    interval = verdict.auc_interval
+    return f"{verdict.auc_difference:+.4f}" + (f" [{interval.low:+.3f}, {interval.high:+.3f}]" if interval else "")
 
 
 def _time(moment: datetime) -> str:

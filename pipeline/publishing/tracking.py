@@ -28,6 +28,7 @@ from filelock import FileLock
 from data_schemas.errors import TrackingUnavailable
 from pipeline.config import UpdateConfig
 from pipeline.evaluation.diagnosis import Verdict
+from pipeline.evaluation.gate import GateVerdict
 from pipeline.evaluation.metrics import Metrics
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import verdict
@@ -290,7 +291,9 @@ def find_run(client: "MlflowClient", experiment: str, tag: str, value: str) -> A
 
 
 def _params(report: UpdateReport, config: UpdateConfig) -> dict[str, str]:
-    parts = config.model_dump(mode="json", include={"window", "model", "training", "sampling", "budget", "evaluation"})
+    parts = config.model_dump(
+        mode="json", include={"window", "model", "training", "sampling", "budget", "evaluation", "alarms", "gate"}
+    )
     flat = {f"{part}.{name}": str(value) for part, values in parts.items() for name, value in values.items()}
     return flat | {"precision": report.precision, "batch_size": str(report.batch_size)}
 
@@ -324,6 +327,7 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
         "late_rows",
         "rows_learned",
         "rows_pending",
+        "rows_held_out",
         "rows_thinned",
         "evaluated_rows",
         "skipped_steps",
@@ -335,7 +339,7 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
     values |= {"rows/window": float(report.rows), "batch_size": float(report.batch_size)}
     values |= {f"seconds/{stage}": seconds for stage, seconds in report.seconds.items()}
     values |= {"seconds/total": report.total_seconds, "budget/share": report.total_seconds / report.budget_seconds}
-    values |= stability_values(report) | _step_values(report)
+    values |= stability_values(report) | _step_values(report) | _gate_values(report.gate)
     for feature, figures in report.ids.items():
         values |= {f"ids/{feature}/{name}": float(value) for name, value in asdict(figures).items()}
     if report.sampling:
@@ -354,6 +358,21 @@ def stability_values(report: UpdateReport) -> dict[str, float]:
     values = {f"stability/{name}": value for name, value in figures.items()}
     if report.diagnosis and report.diagnosis.verdict:
         values |= {f"diagnosis/{verdict}": float(verdict == report.diagnosis.verdict) for verdict in get_args(Verdict)}
+    return values
+
+
+def _gate_values(verdict: GateVerdict | None) -> dict[str, float]:
+    """`gate/<figure>`, and `gate/published`: 1 where the gate lets the model serve."""
+    if verdict is None:
+        return {}
+    values = {"gate/rows": float(verdict.rows), "gate/users": float(verdict.users), "gate/windows": float(verdict.windows)}
+    values["gate/published"] = float(verdict.decision == "publish")
+    for figure in verdict.figures:
+        if figure.value is not None:
+            values[f"gate/{figure.name.lower().replace(' ', '_')}"] = figure.value
+    for name, interval in (("auc", verdict.auc_interval), ("log_loss", verdict.log_loss_interval)):
+        if interval is not None:
+            values |= {f"gate/{name}_low": interval.low, f"gate/{name}_high": interval.high}
     return values
 
 

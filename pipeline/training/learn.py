@@ -61,6 +61,12 @@ class Learned:
         """Rows that the plan left out in mid-pass."""
         return 0 if self.thinned_R is None else int(self.thinned_R.sum())
 
+    def leaving(self, rows: npt.NDArray[np.int64]) -> "Learned":
+        """The same, with rows that were not to be learned waiting like those that it did not come to."""
+        unreached_R = self.unreached_R.copy()
+        unreached_R[rows] = True
+        return replace(self, unreached_R=unreached_R)
+
     def first(self, num_rows: int) -> "Learned":
         """What was done with the first rows of the window alone; what was skipped or left out is shared out evenly."""
         if num_rows == len(self.unreached_R):

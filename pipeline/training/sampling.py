@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_schemas.dataset import DatasetSpec
-from data_schemas.examples import F32, Examples
+from data_schemas.examples import F32, I64, Examples
 from models.memory import column_names
 from pipeline.config import SamplingConfig
 from pipeline.data.encode import EncodedWindow
@@ -49,6 +49,15 @@ def sample_window(
         window = replace(window, weights_R=window.weights_R * sample.factor_R, logit_shifts_R=shifts_R)
     stratum_R = sample.strata.stratum_R if config.stratified_batches else None
     return SampledWindow(window=window, stratum_R=stratum_R, kept_R=sample.kept_R, plan=sample.plan)
+
+
+def without_rows(sampled: SampledWindow, rows: I64) -> SampledWindow:
+    """The same, without learning those."""
+    if not len(rows):
+        return sampled
+    kept_R = np.ones(sampled.window.num_rows, bool) if sampled.kept_R is None else sampled.kept_R.copy()
+    kept_R[rows] = False
+    return replace(sampled, kept_R=kept_R)
 
 
 def columns_of(examples: Examples, window: EncodedWindow, spec: DatasetSpec, by: Collection[StratifyBy]) -> Columns:

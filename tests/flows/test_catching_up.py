@@ -106,6 +106,7 @@ def test_waiting_windows_are_aligned_and_closed(config: UpdateConfig, monkeypatc
             class File:
                 def __init__(self, hour: int) -> None:
                     self.hour = hour
+                    self.path = f"{hour}.parquet"
 
             return [File(hour) for hour in (1, 2, 30)]
 

@@ -155,7 +155,7 @@ def test_the_same_seed_learns_the_same_model(config: UpdateConfig) -> None:
 
 def test_clicks_that_are_out_of_time_wait_and_are_learned_once(config: UpdateConfig) -> None:
     ticks = iter(np.arange(0.0, 1e6))
-    slow = config.model_copy(update={"budget": config.budget.model_copy(update={"seconds": 26.0, "min_reserve_seconds": 10})})
+    slow = config.model_copy(update={"budget": config.budget.model_copy(update={"seconds": 32.0, "min_reserve_seconds": 10})})
     first = run_update(slow, clock=lambda: float(next(ticks)))
     assert first is not None
     assert 0 < first.rows_learned < first.rows

@@ -1,0 +1,83 @@
+"""Champion and challenger on a window's held-out rows.
+
+Enters: the state before and after learning, the window's rows. Leaves: what both predict, as the gate takes it, and its
+verdict.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from data_schemas.dataset import DatasetSpec
+from data_schemas.examples import F32
+from pipeline.config import UpdateConfig
+from pipeline.data.window_rows import WindowRows
+from pipeline.evaluation.gate import GateVerdict, judge
+from pipeline.evaluation.paired import Evidence, Paired
+from pipeline.evaluation.score import probabilities
+from pipeline.model_state import ModelState, restore_serving
+from pipeline.publishing.predictor import predictor_of
+from pipeline.training.learn import Learned
+
+
+def champion_probabilities(state: ModelState, rows: WindowRows, config: UpdateConfig, spec: DatasetSpec) -> F32:
+    """`[H]` of the held-out rows, by the model that serves, before the window is learned."""
+    if state.serving is None:
+        return _predicted(state, rows)
+    serving = restore_serving(config, spec, state)
+    with serving.learner.averaged():
+        return predictor_of(serving, spec).predict_examples(rows.examples.take(rows.held_out))
+
+
+def gathered_evidence(state: ModelState, rows: WindowRows, champion_H: F32) -> Evidence:
+    """This window's held-out rows, and those of windows before it that could not decide.
+
+    Args:
+        state: after learning.
+        rows: as they were learned.
+        champion_H: what `champion_probabilities` gave before.
+    """
+    held, before = rows.held_out, state.evidence
+    pair = Paired(
+        labels_H=np.minimum(rows.examples.labels_R[held], 1),
+        champion_H=champion_H,
+        challenger_H=_predicted(state, rows),
+        weights_H=rows.judged_weights_R[held],
+        user_H=rows.examples.user_R[held],
+    )
+    return Evidence(pair=pair.plus(before.pair) if before else pair, windows=1 + (before.windows if before else 0))
+
+
+def gate_verdict(
+    evidence: Evidence, rows: WindowRows, learned: Learned, config: UpdateConfig, history: Sequence[Mapping[str, Any]]
+) -> GateVerdict:
+    """What the gate says; gains of windows at or after this one, learned before a rollback, are not looked at."""
+    steps = max(-(-learned.rows // max(learned.last_batch_size, 1)), learned.skipped_steps)
+    return judge(
+        evidence.pair,
+        limits=config.gate.limits(),
+        windows=evidence.windows,
+        past_gains=past_gains(history, before=rows.seed[-1]),
+        skipped_steps=learned.skipped_steps,
+        steps=steps,
+        seed=rows.seed,
+    )
+
+
+def past_gains(history: Sequence[Mapping[str, Any]], *, before: int) -> list[float]:
+    """Of AUC, of the published windows that ended before an hour, since 1970."""
+    found = []
+    for record in history:
+        gate = record.get("gate")
+        ended = int(datetime.fromisoformat(record["window_end"]).timestamp()) // 3600
+        if record["outcome"] == "published" and gate and gate["auc_difference"] is not None and ended < before:
+            found.append(float(gate["auc_difference"]))
+    return found
+
+
+def _predicted(state: ModelState, rows: WindowRows) -> F32:
+    learner = state.learner
+    with learner.averaged() as dense_weights:
+        return probabilities(learner.model, dense_weights, rows.encoded, rows.held_out, device=learner.device)
