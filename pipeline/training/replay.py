@@ -19,9 +19,9 @@ from models.histories import Histories
 from models.id_table import IdTables
 from models.memory import Memory
 from pipeline.config import SamplingConfig
-from pipeline.data.encode import EncodedWindow, joined
+from pipeline.data.encode import EncodedWindow
 from pipeline.training.past_rows import Arrays, PastRows, as_saved
-from pipeline.training.sampling import SampledWindow
+from pipeline.training.sampling import SampledWindow, with_rows_behind
 from sampling.replay import Reservoir
 
 PREFIX = "replay/"
@@ -42,7 +42,7 @@ class ReplayMemory:
         """Nothing seen."""
         return cls(reservoir=Reservoir.empty(capacity=sampling.replay_capacity, num_strata=NUM_STRATA))
 
-    def mixed(
+    def drawn(
         self,
         window: EncodedWindow,
         spec: DatasetSpec,
@@ -51,19 +51,19 @@ class ReplayMemory:
         *,
         seed: Sequence[int],
         hour: int,
-    ) -> EncodedWindow:
-        """The window's rows, then past ones, so many that they are `replay_share` of both in number and in weight."""
+    ) -> EncodedWindow | None:
+        """Past rows, so many that they are `replay_share` of the window and them in number and in weight; None: none."""
         share = config.replay_share
         if self.held is None or share == 0 or not window.num_rows:
-            return window
+            return None
         preference_K = np.maximum(hour - self.held.examples.hour_R, 1).astype(np.float64) ** config.replay_age_power
         rows, weights_M = self.reservoir.draw(round(window.num_rows * share / (1 - share)), seed, preference_K)
         if not len(rows):
-            return window
+            return None
         past = self.held.take(rows)
         total = float(window.weights_R.mean()) / float((past.examples.weights_R * weights_M).mean())
         weighted = past.examples.with_weights((past.examples.weights_R * weights_M * total).astype(np.float32))
-        return joined(window, past.encoded(weighted, spec, ids, window.moments, hour))
+        return past.encoded(weighted, spec, ids, window.moments, hour)
 
     def after(
         self, examples: Examples, window: EncodedWindow, histories: Histories | None, learned: I64, *, seed: Sequence[int]
@@ -111,16 +111,8 @@ def with_replay(
     hour: int,
 ) -> SampledWindow:
     """The window with past rows behind its own; in a stratum of their own, where batches mirror strata."""
-    window = replay.mixed(sampled.window, spec, ids, config, seed=[*seed, 3], hour=hour)
-    num_past = window.num_rows - sampled.window.num_rows
-    if not num_past:
-        return sampled
-    stratum_R, kept_R = sampled.stratum_R, sampled.kept_R
-    if stratum_R is not None:
-        stratum_R = np.concatenate([stratum_R, np.full(num_past, stratum_R.max() + 1, np.int32)])
-    if kept_R is not None:
-        kept_R = np.concatenate([kept_R, np.ones(num_past, bool)])
-    return replace(sampled, window=window, stratum_R=stratum_R, kept_R=kept_R)
+    past = replay.drawn(sampled.window, spec, ids, config, seed=[*seed, 3], hour=hour)
+    return sampled if past is None else with_rows_behind(sampled, past)
 
 
 def after_window(
