@@ -265,8 +265,8 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
 
 
 def _click_rate(window: EncodedWindow, kept: slice | npt.NDArray[np.bool_]) -> float:
-    """Of all rows, estimated from those that are kept by their weights and shifts, and from the share of clicks that is known; 0
-    or 1 where these have one label only."""
+    """Of all rows, estimated from those that are kept by their weights and shifts, and from the share of clicks that is known;
+    0 or 1 where these have one label only."""
     weights_R = window.weights_R[kept].astype(np.float64)
     total = float(weights_R.sum())
     rate = float(window.labels_R[kept] @ weights_R) / total if total > 0 else 0.0
