@@ -415,6 +415,9 @@ class UpdateConfig(BaseSettings):
     """Folder of everything that tidemark keeps: click log, quarantine, checkpoints, MLflow database."""
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "hourly"
     """Each model has its own state and its own cursor on the one click log."""
+    lock_wait_seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """How long a command waits where another process has the model, before it gives up with exit code 75; not part of the
+    budget."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 5
     """The newest that stay on disk; a corrupt one is replaced by the one before."""
     window: WindowConfig = WindowConfig()

@@ -74,13 +74,14 @@ def run_update(
     The model before stays current until the new one is written whole, and the rows stay waiting until then.
 
     Raises:
+        UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)
-    stages, now = _Stages(stage, clock), now or datetime.now(UTC)
-    with alone(config.model_dir):
+    with alone(config.model_dir, "update", wait_seconds=config.lock_wait_seconds):
+        stages, now = _Stages(stage, clock), now or datetime.now(UTC)
         history = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
         state = stages.run("restore", lambda: restore_or_create(config, spec))
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
