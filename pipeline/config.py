@@ -7,12 +7,13 @@ Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -378,6 +379,35 @@ class TrackingConfig(_Part):
     """Registered versions whose files are kept."""
 
 
+class AlertsConfig(_Part):
+    """Where a person is told that an update did not simply publish its model."""
+
+    webhook_url: SecretStr = SecretStr("")
+    """Address that a small JSON is posted to. A secret: it is read from the environment and from nowhere else, and is in no
+    log, report or run. https, or http on this machine; empty for none."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """An alert that was not delivered in this time is given up, counted and logged; the update is over by then."""
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _is_safe(cls, webhook_url: SecretStr) -> SecretStr:
+        address = webhook_url.get_secret_value()
+        try:
+            parts = urlsplit(address)
+            scheme, host, _ = parts.scheme, parts.hostname, parts.port
+        except ValueError:
+            scheme, host = "", None
+        printable = address.isascii() and address.isprintable() and " " not in address
+        if address and not (printable and host and (scheme == "https" or (scheme == "http" and host in LOOPBACK))):
+            raise ValueError("must be an address that begins with https://, or with http:// and is one of this machine's own")
+        return webhook_url
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+ONLY_FROM_ENVIRONMENT = (("alerts", "webhook_url"),)
+"""Secrets: a file may be shared, and a command line is shown to everybody on the machine."""
+
+
 class MaintenanceConfig(_Part):
     """What the flows `compact` and `vacuum` do, and how long everything is kept."""
 
@@ -404,7 +434,12 @@ class UpdateConfig(BaseSettings):
     """One update: rows in, a deadline, a fresh model out."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TIDEMARK_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+        env_prefix="TIDEMARK_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        hide_input_in_errors=True,
     )
 
     dataset: str = "synthetic"
@@ -429,6 +464,7 @@ class UpdateConfig(BaseSettings):
     alarms: AlarmsConfig = AlarmsConfig()
     gate: GateConfig = GateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    alerts: AlertsConfig = AlertsConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
 
     @model_validator(mode="after")
@@ -481,6 +517,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     given, from_file = _nest(overrides), _read_toml(Path(path)) if path else {}
     try:
         of_dataset = load_spec(_chosen_dataset(given, from_file)).settings
+        _refuse_secrets({"the command line": given, "the settings file": from_file, "the data set's [settings]": of_dataset})
         return _layered(given, from_file, of_dataset)()
     except SettingsError as error:
         raise ConfigError(
@@ -499,8 +536,10 @@ def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:
     Raises:
         ConfigError: an unknown setting, a value out of range, or settings that contradict each other.
     """
+    given = _nest(overrides)
+    _refuse_secrets({"an override": given})
     try:
-        return UpdateConfig(**_merged(config.model_dump(), _nest(overrides)))
+        return UpdateConfig(**_merged(config.model_dump(), given))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
 
@@ -518,6 +557,16 @@ def _refuse_unknown_variables() -> None:
     for name in os.environ:
         if name.lower().startswith("tidemark_") and name.lower().split("__")[0] not in known:
             raise ConfigError(f"the environment variable {name} names no setting; known are {', '.join(sorted(known)).upper()}")
+
+
+def _refuse_secrets(places: Mapping[str, Mapping[str, Any]]) -> None:
+    for place, layer in places.items():
+        for part, name in ONLY_FROM_ENVIRONMENT:
+            if part in layer and (not isinstance(layer[part], dict) or name in layer[part]):
+                raise ConfigError(
+                    f"{part}.{name} is a secret and is read from the environment only; take it out of {place} and set "
+                    f"TIDEMARK_{part.upper()}__{name.upper()}"
+                )
 
 
 def _chosen_dataset(given: dict[str, Any], from_file: dict[str, Any]) -> str:
@@ -588,5 +637,7 @@ def _explain(problem: Any) -> str:
             return f"{name}: unknown setting"
         case "value_error":
             return f"{name}: {problem['ctx']['error']}"
+        case _ if problem["loc"][:1] == ("alerts",):
+            return f"{name}: {problem['msg']}"  # what was given may be a secret
         case _:
             return f"{name}: {problem['msg']}, got {problem['input']!r}"
