@@ -1,53 +1,22 @@
 """The status of a model, from its folder alone."""
 
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_schemas.errors import ConfigError
 from flows.status import status
 from flows.terminal import run_command
-from pipeline.evaluation.metrics import measure
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import append_history
 from pipeline.publishing.status import SHOWN_UPDATES, headline, status_page, status_rows
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
-
-def report(hour: int, **changed: object) -> UpdateReport:
-    rng = np.random.default_rng(hour)
-    made = UpdateReport(
-        dataset="synthetic",
-        model_name="hourly",
-        outcome="published",
-        version=hour + 1,
-        log_version=3,
-        window_start=START + timedelta(hours=hour),
-        window_end=START + timedelta(hours=hour + 1),
-        rows=1234,
-        late_rows=0,
-        rows_learned=1200,
-        rows_pending=34,
-        batch_size=512,
-        precision="fp32",
-        before=measure(rng.integers(0, 2, 200), rng.random(200), rng.integers(0, 5, 200)),
-        after=None,
-        frozen=None,
-        evaluated_rows=200,
-        seconds={"learn": 1.5},
-        budget_seconds=60.0,
-        plan=(),
-        loss_curve=(),
-        skipped_steps=0,
-        git_commit="",
-        notes=(),
-    )
-    return replace(made, **changed)  # type: ignore[arg-type]
+MakeReport = Callable[..., UpdateReport]
 
 
 class Cells(HTMLParser):
@@ -70,7 +39,7 @@ class Cells(HTMLParser):
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
+def state(tmp_path: Path, report: MakeReport) -> Path:
     folder = tmp_path / "models/hourly"
     for hour in range(SHOWN_UPDATES + 2):
         append_history(folder, report(hour))
@@ -97,14 +66,14 @@ def test_the_terminal_shows_as_many_as_it_is_asked_for(state: Path, capsys: pyte
     assert (state / "page.html").is_file()
 
 
-def test_a_note_is_text_whatever_it_holds() -> None:
+def test_a_note_is_text_whatever_it_holds(report: MakeReport) -> None:
     hostile = report(0, notes=("<script>alert(1)</script>",))
     page = status_page("<b>", status_rows([hostile], 1), plot=None, now=START)
     assert "script" not in Cells(page).tags
     assert any("<script>alert(1)</script>" in cell for cell in Cells(page).cells)
 
 
-def test_an_update_over_its_budget_is_marked_and_counted() -> None:
+def test_an_update_over_its_budget_is_marked_and_counted(report: MakeReport) -> None:
     reports = [report(0), report(1, seconds={"learn": 61.0})]
     late, _ = status_rows(reports, 2)
     assert late.over_budget

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,10 +16,12 @@ from pipeline.alerts import Alert, alert_of, alert_of_failure, send, undelivered
 from pipeline.config import UpdateConfig, load_config, overridden
 from pipeline.evaluation.alarms import Alarm
 from pipeline.outcome import UpdateReport
-from tests.flows.test_status import report
 
 SECRET = "plover-xyzzy"
 ALARM = Alarm(figure="rows", value=3, low=90, high=110, sentence="rows: 3, where the last 7 days make 90 to 110 likely")
+
+
+MakeReport = Callable[..., UpdateReport]
 
 
 @dataclass
@@ -60,18 +62,15 @@ def config(tmp_path: Path, webhook: Webhook, monkeypatch: pytest.MonkeyPatch) ->
     return load_config(None, [f"state_dir={tmp_path}", "alerts.timeout_seconds=5"])
 
 
-def suspicious(**changed: object) -> UpdateReport:
-    return report(5, outcome="suspicious", alarms=(ALARM,), **changed)
-
-
-def alert() -> Alert:
-    made = alert_of(suspicious())
+@pytest.fixture
+def alert(report: MakeReport) -> Alert:
+    made = alert_of(report(5, outcome="suspicious", alarms=(ALARM,)))
     assert made
     return made
 
 
-def test_a_window_that_was_held_is_told_in_words_and_fields(config: UpdateConfig, webhook: Webhook) -> None:
-    assert send(config, alert()) is None
+def test_a_window_that_was_held_is_told_in_words_and_fields(config: UpdateConfig, webhook: Webhook, alert: Alert) -> None:
+    assert send(config, alert) is None
     (received,) = webhook.received
     assert received["event"] == "suspicious"
     assert (received["window_start"], received["window_end"]) == ("2026-01-01T05:00:00+00:00", "2026-01-01T06:00:00+00:00")
@@ -81,13 +80,13 @@ def test_a_window_that_was_held_is_told_in_words_and_fields(config: UpdateConfig
 
 
 @pytest.mark.parametrize("outcome", ["held", "rejected", "suspicious"])
-def test_every_outcome_that_a_person_should_see_is_told(outcome: str) -> None:
+def test_every_outcome_that_a_person_should_see_is_told(outcome: str, report: MakeReport) -> None:
     made = alert_of(report(5, outcome=outcome, serving=3, alarms=(ALARM,)))
     assert made
     assert (made.event, made.serving) == (outcome, 3)
 
 
-def test_an_update_that_was_published_is_told_only_with_an_alarm() -> None:
+def test_an_update_that_was_published_is_told_only_with_an_alarm(report: MakeReport) -> None:
     assert alert_of(report(5)) is None
     made = alert_of(report(5, alarms=(ALARM,)))
     assert made
@@ -106,12 +105,12 @@ def test_a_failure_is_told_without_what_it_must_not_say(config: UpdateConfig, we
 
 @pytest.mark.parametrize("status", [302, 307, 404, 500])
 def test_any_other_answer_is_counted_and_logged(
-    config: UpdateConfig, webhook: Webhook, status: int, caplog: pytest.LogCaptureFixture
+    config: UpdateConfig, webhook: Webhook, status: int, caplog: pytest.LogCaptureFixture, alert: Alert
 ) -> None:
     webhook.status = status
-    assert send(config, alert()) == f"an alert (suspicious) could not be delivered: the webhook answered {status}"
+    assert send(config, alert) == f"an alert (suspicious) could not be delivered: the webhook answered {status}"
     assert len(webhook.received) == 1, "a redirect is not followed"
-    assert send(config, replace(alert(), event="held"))
+    assert send(config, replace(alert, event="held"))
     undelivered = undelivered_alerts(config.model_dir)
     assert undelivered
     assert (undelivered.number, undelivered.last_problem) == (2, f"the webhook answered {status}")
@@ -120,16 +119,16 @@ def test_any_other_answer_is_counted_and_logged(
     assert SECRET not in (config.model_dir / "undelivered_alerts.jsonl").read_text()
 
 
-def test_nobody_listening_is_counted(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_listening_is_counted(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch, alert: Alert) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("TIDEMARK_ALERTS__WEBHOOK_URL", f"http://127.0.0.1:{free.getsockname()[1]}/{SECRET}")
     dead = load_config(None, [f"state_dir={config.state_dir}"])
-    assert send(dead, alert()) == "an alert (suspicious) could not be delivered: no connection (ConnectionRefusedError)"
+    assert send(dead, alert) == "an alert (suspicious) could not be delivered: no connection (ConnectionRefusedError)"
 
 
 def test_a_server_that_answers_a_byte_at_a_time_costs_no_more_than_the_limit(
-    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch, alert: Alert
 ) -> None:
     done = threading.Event()
 
@@ -147,18 +146,18 @@ def test_a_server_that_answers_a_byte_at_a_time_costs_no_more_than_the_limit(
         monkeypatch.setenv("TIDEMARK_ALERTS__WEBHOOK_URL", f"http://127.0.0.1:{listener.getsockname()[1]}/")
         slow = load_config(None, [f"state_dir={config.state_dir}", "alerts.timeout_seconds=0.5"])
         started = time.monotonic()
-        assert send(slow, alert()) == "an alert (suspicious) could not be delivered: no answer within 0.5 s"
+        assert send(slow, alert) == "an alert (suspicious) could not be delivered: no answer within 0.5 s"
         assert time.monotonic() - started < 20, "without the limit it takes 51 s"
         done.set()
         thread.join()
 
 
 def test_a_full_or_read_only_disk_is_no_failure_either(
-    config: UpdateConfig, webhook: Webhook, caplog: pytest.LogCaptureFixture
+    config: UpdateConfig, webhook: Webhook, caplog: pytest.LogCaptureFixture, alert: Alert
 ) -> None:
     webhook.status = 500
     config.state_dir.joinpath("models").write_text("a file where the folder should be")
-    assert send(config, alert())
+    assert send(config, alert)
     assert "could not be written down either" in caplog.text
 
 
@@ -170,9 +169,9 @@ def test_a_torn_line_is_counted_all_the_same(config: UpdateConfig) -> None:
     assert (undelivered.number, undelivered.last_problem) == (1, "its line cannot be read")
 
 
-def test_without_an_address_nothing_is_sent(tmp_path: Path) -> None:
+def test_without_an_address_nothing_is_sent(tmp_path: Path, alert: Alert) -> None:
     quiet = load_config(None, [f"state_dir={tmp_path}"])
-    assert send(quiet, alert()) is None
+    assert send(quiet, alert) is None
     assert list(tmp_path.iterdir()) == []
 
 
