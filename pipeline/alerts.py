@@ -7,7 +7,6 @@ Enters: the report of an update, or the error that it failed with. Leaves: one P
 import json
 import logging
 import os
-import re
 import threading
 import urllib.error
 import urllib.request
@@ -20,6 +19,7 @@ from typing import Literal
 
 from pipeline.config import UpdateConfig
 from pipeline.outcome import UpdateReport
+from pipeline.passwords import without_passwords
 from pipeline.publishing.report import verdict
 
 Event = Literal["held", "rejected", "suspicious", "failed", "alarm"]
@@ -161,18 +161,6 @@ def _posted(address: str, body: bytes, timeout_seconds: float) -> str | None:
     except (OSError, HTTPException, ValueError) as error:
         return f"no connection ({type(error).__name__})"
     return None
-
-
-_PASSWORD = re.compile(r"://[^/@\s]+@")
-
-
-def without_passwords(text: str) -> str:
-    """`text` without what stands before the host of an address.
-
-    >>> without_passwords("no server at https://me:pass@host/x")
-    'no server at https://***@host/x'
-    """
-    return _PASSWORD.sub("://***@", text)
 
 
 def _without_secrets(fields: dict[str, object], address: str) -> dict[str, object]:

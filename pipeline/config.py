@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -23,9 +23,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from data_schemas.dataset import load_spec
+from data_schemas.dataset import escapes, load_spec
 from data_schemas.errors import ConfigError
 from pipeline.evaluation.gate import Limits
+from pipeline.passwords import has_password, without_passwords
 from sampling.plan import Rules
 from sampling.strata import Allocation, StratifyBy
 from sampling.thinning import Correction, Method
@@ -35,6 +36,9 @@ ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
 BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
 RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
 RateDecay = Literal["constant", "step", "cosine"]
+
+
+T = TypeVar("T")
 
 
 class _Part(BaseModel):
@@ -370,13 +374,25 @@ class TrackingConfig(_Part):
     enabled: bool = True
     """Off: nothing is sent to MLflow."""
     uri: str = ""
-    """Any MLflow tracking URI; empty: a sqlite file in the state folder."""
+    """Any MLflow tracking URI; empty: a sqlite file in the state folder. A server's password belongs into
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; that of a database may stand here, if this comes from the
+    environment."""
     experiment: str = ""
     """Empty: `tidemark-` and the name of the data set, or of its file without `.toml`."""
     register_model: bool = True
     """Log the model and give it the alias `champion`."""
     keep_models: Annotated[int, Field(ge=1)] = 3
     """Registered versions whose files are kept."""
+
+    @field_validator("uri")
+    @classmethod
+    def _names_nobody_to_a_server(cls, uri: str) -> str:
+        if uri.startswith(("http://", "https://")) and without_passwords(uri) != uri:
+            raise ValueError(
+                "holds a name or a password, which error messages would repeat; leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+            )
+        return uri
 
 
 class AlertsConfig(_Part):
@@ -467,6 +483,23 @@ class UpdateConfig(BaseSettings):
     alerts: AlertsConfig = AlertsConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
 
+    @field_validator("dataset", "landing", "state_dir")
+    @classmethod
+    def _is_a_path(cls, path: T) -> T:
+        if "\0" in str(path):
+            raise ValueError("a path cannot hold a NUL character; take it out")
+        return path
+
+    @field_validator("landing")
+    @classmethod
+    def _names_no_password(cls, landing: str) -> str:
+        if has_password(landing):
+            raise ValueError(
+                "holds a password, and file names are stored with rejected rows; leave it out, and give it to fsspec in a "
+                "variable of its own, such as FSSPEC_FTP_PASSWORD"
+            )
+        return landing
+
     @model_validator(mode="after")
     def _reference_fits(self) -> Self:
         reference, rows = self.training.reference_batch_size, self.window.max_rows
@@ -518,6 +551,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     try:
         of_dataset = load_spec(_chosen_dataset(given, from_file)).settings
         _refuse_secrets({"the command line": given, "the settings file": from_file, "the data set's [settings]": of_dataset})
+        _refuse_escapes(of_dataset)
         return _layered(given, from_file, of_dataset)()
     except SettingsError as error:
         raise ConfigError(
@@ -567,6 +601,30 @@ def _refuse_secrets(places: Mapping[str, Mapping[str, Any]]) -> None:
                     f"{part}.{name} is a secret and is read from the environment only; take it out of {place} and set "
                     f"TIDEMARK_{part.upper()}__{name.upper()}"
                 )
+        tracking = layer.get("tracking")
+        if isinstance(tracking, dict) and has_password(str(tracking.get("uri", ""))):
+            raise ConfigError(
+                f"tracking.uri holds a password, and secrets are read from the environment only; take it out of {place} and "
+                "set TIDEMARK_TRACKING__URI"
+            )
+
+
+def _refuse_escapes(of_dataset: Mapping[str, Any]) -> None:
+    """A declaration comes with the data, maybe from others: it may not choose where this machine reads and writes."""
+    for name in ("landing", "state_dir"):
+        value = of_dataset.get(name)
+        if value is not None and (not isinstance(value, str) or escapes(value)):
+            raise ConfigError(
+                f"{name}: {value!r} in the data set's [settings] leaves the working folder; write a path below it, or give "
+                f"{name} in a settings file, the environment or on the command line"
+            )
+    tracking = of_dataset.get("tracking", {})
+    for name, given in (("dataset", of_dataset), ("tracking.uri", tracking if isinstance(tracking, dict) else {})):
+        if name.split(".")[-1] in given:
+            raise ConfigError(
+                f"{name}: no setting of a data set's [settings]; give it in a settings file, the environment or on the "
+                "command line"
+            )
 
 
 def _chosen_dataset(given: dict[str, Any], from_file: dict[str, Any]) -> str:
@@ -640,4 +698,4 @@ def _explain(problem: Any) -> str:
         case _ if problem["loc"][:1] == ("alerts",):
             return f"{name}: {problem['msg']}"  # what was given may be a secret
         case _:
-            return f"{name}: {problem['msg']}, got {problem['input']!r}"
+            return f"{name}: {problem['msg']}, got {without_passwords(repr(problem['input']))}"

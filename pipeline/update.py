@@ -34,6 +34,7 @@ from pipeline.evaluation.profile import profile_of
 from pipeline.lock import alone
 from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import LEARNED, UpdateReport
+from pipeline.passwords import without_passwords
 from pipeline.publishing.checkpoint import current_version, forget_unpublished
 from pipeline.publishing.predictor import export_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history, reason_of
@@ -331,4 +332,5 @@ def _publish(
         )
     except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
         log.warning("publishing failed", exc_info=True)
-        return (f"publishing failed ({type(error).__name__}: {error}); the checkpoint serves, MLflow shows the update before",)
+        reason = f"{type(error).__name__}: {without_passwords(str(error))}"
+        return (f"publishing failed ({reason}); the checkpoint serves, MLflow shows the update before",)
