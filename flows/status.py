@@ -19,7 +19,7 @@ from flows.terminal import run_command
 from pipeline.alerts import undelivered_alerts
 from pipeline.config import UpdateConfig
 from pipeline.pending import pending_of
-from pipeline.publishing.checkpoint import current_version
+from pipeline.publishing.checkpoint import current_version, head_version
 from pipeline.publishing.plots import auc_by_hour
 from pipeline.publishing.report import read_history
 from pipeline.publishing.status import (
@@ -60,7 +60,8 @@ def status(
     if not settings.model_dir.is_dir():
         raise ConfigError(f"there is no model in {settings.model_dir}; name another state_dir or model_name")
     reports, serving = reports_of(settings.model_dir), current_version(settings.model_dir)
-    rows, title = status_rows(reports, serving), headline(settings.model_name, reports, serving)
+    rows = status_rows(reports, serving)
+    title = headline(settings.model_name, reports, serving, head_version(settings.model_dir))
     target = Path(page) if page else settings.model_dir / "status.html"
     plot = auc_by_hour(read_history(settings.model_dir)[-SHOWN_UPDATES:])
     lines, held = waiting(settings)

@@ -158,7 +158,9 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None, rows: Win
     if unreached:
         yield f"out of time: {unreached:,} of {rows.num_logged:,} rows wait for the next update"
     capped = sum(piece.num_rows for piece in window.left if piece.file.hour < window.end)
-    if capped:
+    if capped and window.released:
+        yield f"{capped:,} rows wait for the next update: a window that was released is learned by itself"
+    elif capped:
         yield f"{capped:,} rows over window.max_rows wait for the next update"
     if window.late_rows:
         yield f"{window.late_rows:,} rows came late, for hours before this window"

@@ -115,9 +115,9 @@ def pending_line(pending: Pending) -> str:
     parts = [rows]
     if pending.released:
         released = sum(window.num_rows for window in pending.released)
-        parts.append(f"{released:,} of {_count(len(pending.released), 'released window')} are learned next")
+        parts.append(f"{released:,} rows of {_count(len(pending.released), 'released window')} are learned next")
     if pending.held:
-        parts.append(f"{aside:,} in {_count(len(pending.held), 'window')} that {_is_or_are(len(pending.held))} held aside")
+        parts.append(f"{aside:,} rows in {_count(len(pending.held), 'window')} that {_is_or_are(len(pending.held))} held aside")
     return "; ".join(parts)
 
 
@@ -161,20 +161,32 @@ def status_rows(reports: Sequence[UpdateReport], serving: int | None) -> list[St
     return [_row(report, serving) for report in reports[: -SHOWN_UPDATES - 1 : -1]]
 
 
-def headline(model: str, reports: Sequence[UpdateReport], serving: int | None) -> str:
-    """The state in one sentence."""
+def headline(model: str, reports: Sequence[UpdateReport], serving: int | None, head: int | None = None) -> str:
+    """The state in one sentence.
+
+    Args:
+        model: its name.
+        reports: oldest first.
+        serving: the version that serves; None where none does.
+        head: the version that has learned on and does not serve yet, where there is one.
+    """
     if not reports or serving is None:
         return f"{model}: no update has published a model yet"
-    last = next((report for report in reversed(reports) if report.outcome == "published"), reports[-1])
     late = sum(report.total_seconds > report.budget_seconds for report in reports[-SHOWN_UPDATES:])
     inside = "all inside the budget" if late == 0 else f"{late:,} over the budget"
-    newest = next((report for report in reversed(reports) if report.outcome in LEARNED), last)
-    ahead = newest.version if newest.outcome == "held" and newest.version > serving else None
-    more = f"; version {ahead} has learned up to {_time(newest.window_end)} UTC and is not proven yet" if ahead else ""
-    return (
-        f"{model}: version {serving} serves; {min(len(reports), SHOWN_UPDATES):,} of {len(reports):,} updates shown, {inside}; "
-        f"learned up to {_time(last.window_end)} UTC{more}"
-    )
+    shown = f"{min(len(reports), SHOWN_UPDATES):,} of {len(reports):,} updates shown, {inside}"
+    until = _learned_until(reports, serving)
+    parts = [f"version {serving} serves; {shown}", *([f"learned up to {until} UTC"] if until else [])]
+    if head is not None:
+        ahead = _learned_until(reports, head)
+        parts.append(f"version {head} has learned{f' up to {ahead} UTC' if ahead else ' on'} and is not proven yet")
+    return f"{model}: {'; '.join(parts)}"
+
+
+def _learned_until(reports: Sequence[UpdateReport], version: int) -> str | None:
+    """None where its report is not among them."""
+    made = (report for report in reversed(reports) if report.outcome in LEARNED and report.version == version)
+    return next((_time(report.window_end) for report in made), None)
 
 
 def status_table(rows: Sequence[StatusRow], *, most: int) -> Table:

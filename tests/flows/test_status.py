@@ -90,3 +90,19 @@ def test_wrong_parameters_name_the_way_out(state: Path, capsys: pytest.CaptureFi
         status(state_dir=str(state), last=0)
     assert run_command(status, status, ["--state-dir", str(state), "--model-name", "absent"], name="status") == 1
     assert "there is no model in" in capsys.readouterr().err
+
+
+def test_after_a_rollback_the_headline_tells_of_the_version_that_serves(report: MakeReport) -> None:
+    reports = [report(0), report(1), report(2, outcome="held", serving=2)]
+    proven = "hourly: version 2 serves; 3 of 3 updates shown, all inside the budget; learned up to 2026-01-01 02:00 UTC"
+    ahead = f"{proven}; version 3 has learned up to 2026-01-01 03:00 UTC and is not proven yet"
+    assert headline("hourly", reports, 2, 3) == ahead
+    assert headline("hourly", reports, 2) == proven
+    assert "version 1 serves" in headline("hourly", reports, 1)
+    assert "learned up to 2026-01-01 01:00 UTC" in headline("hourly", reports, 1)
+
+
+def test_an_update_that_made_no_version_is_not_marked_as_the_one_that_serves(report: MakeReport) -> None:
+    rejected, published = status_rows([report(0), report(1, outcome="rejected", version=1)], 1)
+    assert (rejected.version, rejected.serves, rejected.attention) == ("-", False, True)
+    assert (published.version, published.serves, published.attention) == ("1", True, False)

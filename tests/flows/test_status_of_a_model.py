@@ -14,7 +14,7 @@ from flows.catching_up import settings_for
 from flows.held import held
 from flows.status import status
 from flows.terminal import run_command
-from pipeline.config import UpdateConfig
+from pipeline.config import UpdateConfig, overridden
 from pipeline.data.held import decide, held_windows, hold_aside
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -77,6 +77,18 @@ def test_a_released_window_is_told_until_it_is_learned(config: UpdateConfig) -> 
     assert decided == ["released"]
 
 
+def test_what_waits_behind_a_released_window_is_not_blamed_on_its_size(config: UpdateConfig) -> None:
+    small = overridden(config, ["window.max_rows=20"])
+    capped = run_update(small, now=STREAM.hour_start(3))
+    assert capped
+    assert any("rows over window.max_rows wait" in note for note in capped.notes)
+    decide(config.model_dir, "2026-01-01T01", "released")
+    released = run_update(small, now=STREAM.hour_start(3))
+    assert released
+    assert any("a window that was released is learned by itself" in note for note in released.notes)
+    assert not any("max_rows" in note for note in released.notes)
+
+
 def test_a_discarded_window_waits_no_more(config: UpdateConfig) -> None:
     decide(config.model_dir, "2026-01-01T01", "discarded")
     pending = pending_of(config)
@@ -89,7 +101,7 @@ def test_the_page_shows_reason_and_commands_and_the_commands_work(
     status(state_dir=str(config.state_dir))
     said = capsys.readouterr().out
     assert f"{rows_of_hour(config, 2)} rows wait to be learned, of 2026-01-01 02:00 to 2026-01-01 03:00 UTC; " in said
-    assert f"{rows_of_hour(config, 1)} in 1 window that is held aside" in said
+    assert f"{rows_of_hour(config, 1)} rows in 1 window that is held aside" in said
     assert f"held aside: 2026-01-01 01:00 to 02:00 UTC, {rows_of_hour(config, 1)} rows, by the alarm: {REASON}" in said
     page = (config.model_dir / "status.html").read_text()
     assert "where &lt;b&gt;90&lt;/b&gt; to 110" in page
