@@ -73,6 +73,7 @@ def describe(
         sampling=plan,
         rows_thinned=logged.thinned_rows,
         rows_held_out=_held_out(rows),
+        clicks_known_share=rows.clicks_known_share,
         clicks_corrected=window.clicks.num_corrections if window.clicks else 0,
         fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
         row_seconds=learned.step_time.row_seconds if learned.step_time else None,

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from data_schemas.dataset import DatasetSpec, load_spec
-from data_schemas.examples import F32
+from data_schemas.examples import F32, I64
 from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.clicks import is_correction, join_clicks, require_correctable
@@ -41,6 +41,7 @@ from pipeline.publishing.report import append_history, read_history, reason_of
 from pipeline.publishing.report import verdict as verdict_of
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
+from pipeline.training.late_clicks import LateClicks, Looks
 from pipeline.training.learn import Learned, Progress, learn
 from pipeline.training.replay import after_window, with_replay
 from pipeline.training.sampling import sample_window, without_rows
@@ -149,7 +150,7 @@ def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, obj
 def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
     click_log = ClickLog.open_or_create(config.log_path, spec)
     window = next_window(click_log, state.cursor, config.window, now, held_windows(config.model_dir))
-    return click_log, window and join_clicks(click_log, window, spec)
+    return click_log, window and join_clicks(click_log, window, spec, config.window.label_delay_minutes)
 
 
 def _check(
@@ -246,6 +247,13 @@ def _learn(
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
     sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     sampled = without_rows(sampled, rows.held_out)
+    looks = Looks()
+    if window.clicks and rows.event_keys is not None:
+        came = rows.event_keys[is_correction(rows.examples.labels_R)]
+        until = window.clicks.known_until
+        sampled, looks = state.late_clicks.looking_back(
+            sampled, came, until, spec, state.ids, seed=rows.seed, hour=window.start
+        )
     learned = learn(
         learner,
         sampled.window,
@@ -256,10 +264,11 @@ def _learn(
         stratum_R=sampled.stratum_R,
         kept_R=sampled.kept_R,
         probe_rows=config.evaluation.probe_rows,
+        mean_weight=sampled.mean_weight,
     )
     num_past = sampled.window.num_rows - rows.encoded.num_rows
     past = (f"{num_past:,} past rows were learned again",) if num_past else ()
-    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled)
+    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled, looks=looks)
     learned = learned.leaving(rows.held_out)
     return rows, replace(learned, step_time=fit.line if fit.measured else None), sampled.plan
 
@@ -277,11 +286,12 @@ def _checkpoint(
     """The state as saved; its rows are consumed, and if it is published it serves from now on."""
     reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
-    shown = reached[~is_correction(rows.encoded.labels_R[reached])]
+    shown = reached[~is_correction(rows.examples.labels_R[reached])]
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, shown]))
     if config.sampling.replay_share and rows.learned is not None:
         replay = after_window(state.replay, rows.examples, rows.learned, state.memory, reached, seed=rows.seed)
         state = replace(state, replay=replay)
+    state = replace(state, late_clicks=_late_clicks(state, rows, window, learned, reached, spec))
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
     saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=published)
@@ -293,6 +303,25 @@ def _checkpoint(
         export_predictor(saved, spec, config.model, staged)
         staged.rename(folder)
     return saved
+
+
+def _late_clicks(
+    state: ModelState, rows: WindowRows, window: Window, learned: Learned, reached: I64, spec: DatasetSpec
+) -> LateClicks:
+    """What is known of late clicks, once the window is."""
+    if window.clicks is None or rows.event_keys is None:
+        return state.late_clicks
+    return state.late_clicks.after(
+        rows.examples,
+        rows.event_keys,
+        window.clicks,
+        rows.encoded,
+        state.memory.histories(rows.examples),
+        rows.looks,
+        reached=reached,
+        reached_D=~learned.unreached_R[rows.encoded.num_rows :],
+        spec=spec,
+    )
 
 
 def _memory_notes(remembered: MemoryReport) -> Iterator[str]:

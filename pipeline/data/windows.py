@@ -53,6 +53,10 @@ class JoinedClicks:
     corrections; `WAITS` or `DONE` for a click that is neither."""
     clicked_I: Mask
     """Impressions of the window whose click is known."""
+    known_until: int
+    """Hour until which clicks are joined."""
+    click_hour_E: npt.NDArray[np.int64]
+    """`[I + corrections]` hour of an example's click; -1 where none is known."""
     corrected: tuple[Piece, ...]
     """Impressions that were learned before their click came: one correction each, in the order of these rows."""
     waiting: int

@@ -332,6 +332,7 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
         "evaluated_rows",
         "skipped_steps",
         "clicks_corrected",
+        "clicks_known_share",
     )
     for name in counts:
         values[f"rows/{name.replace('rows_', '').replace('_rows', '')}"] = float(getattr(report, name))
