@@ -15,15 +15,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
 
-from pipeline.config import UpdateConfig
+from pipeline.config import AlertEvent, UpdateConfig
 from pipeline.outcome import UpdateReport
 from pipeline.passwords import without_passwords
 from pipeline.publishing.report import verdict
-
-Event = Literal["held", "rejected", "suspicious", "failed", "alarm"]
-"""How the update ended; `alarm`: it was published, and something was out of line."""
 
 MAX_TEXT = 2000
 """Characters of a sentence; an error may quote a whole row."""
@@ -37,7 +33,7 @@ class Alert:
 
     text: str
     """What happened, in one sentence; chat services show this field."""
-    event: Event
+    event: AlertEvent
     dataset: str
     model_name: str
     window_start: str | None
@@ -52,7 +48,7 @@ class Alert:
 def alert_of(report: UpdateReport) -> Alert | None:
     """What to tell of an update; None where nobody needs to look."""
     if report.outcome in ("held", "rejected", "suspicious"):
-        event: Event = report.outcome
+        event: AlertEvent = report.outcome
     elif report.alarms:
         event = "alarm"
     else:
@@ -88,13 +84,14 @@ def alert_of_failure(config: UpdateConfig, error: BaseException) -> Alert:
 
 
 def send(config: UpdateConfig, alert: Alert) -> str | None:
-    """Posts the alert, if there is an address; returns within `alerts.timeout_seconds`, and never raises for it.
+    """Posts the alert, if there is an address and `alerts.events` has it. Takes `alerts.timeout_seconds` at most, and never
+    raises for it.
 
     Returns:
         None, or why it was not delivered; that is then in the log and in `undelivered_alerts.jsonl` too.
     """
     address = config.alerts.webhook_url.get_secret_value()
-    if not address:
+    if not address or alert.event not in config.alerts.events:
         return None
     body = json.dumps(_without_secrets(asdict(alert), address)).encode()
     problem = _post(address, body, config.alerts.timeout_seconds)

@@ -35,6 +35,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
 BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
 RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
+AlertEvent = Literal["held", "rejected", "suspicious", "failed", "alarm"]
+"""How an update ended; `alarm`: it was published, and something was out of line."""
 RateDecay = Literal["constant", "step", "cosine"]
 
 
@@ -401,6 +403,9 @@ class AlertsConfig(_Part):
     webhook_url: SecretStr = SecretStr("")
     """Address that a small JSON is posted to. A secret: it is read from the environment and from nowhere else, and is in no
     log, report or run. https, or http on this machine; empty for none."""
+    events: tuple[AlertEvent, ...] = ("held", "rejected", "suspicious", "failed", "alarm")
+    """What is posted. A model of few rows is often `held` for some windows, until the proof is large enough; leave that out
+    then."""
     timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
     """An alert that was not delivered in this time is given up, counted and logged; the update is over by then."""
 

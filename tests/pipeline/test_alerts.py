@@ -79,6 +79,14 @@ def test_a_window_that_was_held_is_told_in_words_and_fields(config: UpdateConfig
     assert undelivered_alerts(config.model_dir) is None
 
 
+def test_only_the_events_of_the_settings_are_sent(config: UpdateConfig, webhook: Webhook, alert: Alert) -> None:
+    chosen = overridden(config, ['alerts.events=["rejected", "failed"]'])
+    assert send(chosen, alert) is None
+    assert webhook.received == []
+    assert send(chosen, replace(alert, event="rejected")) is None
+    assert [received["event"] for received in webhook.received] == ["rejected"]
+
+
 @pytest.mark.parametrize("outcome", ["held", "rejected", "suspicious"])
 def test_every_outcome_that_a_person_should_see_is_told(outcome: str, report: MakeReport) -> None:
     made = alert_of(report(5, outcome=outcome, serving=3, alarms=(ALARM,)))
