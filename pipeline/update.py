@@ -34,6 +34,7 @@ from pipeline.evaluation.profile import profile_of
 from pipeline.lock import alone
 from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
 from pipeline.outcome import LEARNED, UpdateReport
+from pipeline.passwords import without_passwords
 from pipeline.publishing.checkpoint import current_version, forget_unpublished
 from pipeline.publishing.predictor import export_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history, reason_of
@@ -75,13 +76,14 @@ def run_update(
     The model before stays current until the new one is written whole, and the rows stay waiting until then.
 
     Raises:
+        UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)
-    stages, now = _Stages(stage, clock), now or datetime.now(UTC)
-    with alone(config.model_dir):
+    with alone(config.model_dir, "update", wait_seconds=config.lock_wait_seconds):
+        stages, now = _Stages(stage, clock), now or datetime.now(UTC)
         history = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
         state = stages.run("restore", lambda: restore_or_create(config, spec))
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
@@ -359,4 +361,5 @@ def _publish(
         )
     except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
         log.warning("publishing failed", exc_info=True)
-        return (f"publishing failed ({type(error).__name__}: {error}); the checkpoint serves, MLflow shows the update before",)
+        reason = f"{type(error).__name__}: {without_passwords(str(error))}"
+        return (f"publishing failed ({reason}); the checkpoint serves, MLflow shows the update before",)

@@ -470,9 +470,8 @@ def _probe(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers; whether it lets us in, the client will tell
     except OSError as error:
-        address = uri.rpartition("@")[2]  # without the password that may stand before it
         raise TrackingUnavailable(
-            f"no MLflow server answers at {address} ({error}); start it, or leave tracking.uri empty for a local file"
+            f"no MLflow server answers at {uri} ({error}); start it, or leave tracking.uri empty for a local file"
         ) from error
 
 
