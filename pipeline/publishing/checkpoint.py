@@ -178,12 +178,17 @@ def save_checkpoint(
         shutil.rmtree(staged, ignore_errors=True)
         raise
     if processes.rank == 0:
-        if published:
-            point_to(model_dir, manifest.version)
-        _prune(folder, keep)
-        forget_unpublished(model_dir, but=None if published else manifest.version)
+        settle(model_dir, manifest.version, published=published, keep=keep)
     processes.wait()
     return final
+
+
+def settle(model_dir: Path, version: int, *, published: bool, keep: int) -> None:
+    """Makes a whole version the current one, or the head if it is not `published`; all but the last `keep` go."""
+    if published:
+        point_to(model_dir, version)
+    _prune(model_dir / "checkpoints", keep)
+    forget_unpublished(model_dir, but=None if published else version)
 
 
 def versions(model_dir: Path) -> list[int]:
