@@ -415,6 +415,6 @@ def _refuse_bomb(metadata: Any, file: LandingFile, names: Sequence[str]) -> None
 
 
 def _string_leaves(plain: pq.ParquetFile, names: Sequence[str]) -> list[str]:
-    """String columns that are no lists: read as dictionaries, a long text that is repeated is held once."""
+    """String columns, and strings in lists: read as dictionaries, a long text that is repeated is held once."""
     columns = [plain.schema.column(place) for place in range(len(plain.schema))]
-    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY" and column.path in names]
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY" and column.path.split(".")[0] in names]

@@ -1,9 +1,21 @@
 """What the faults came to is printed as a table behind the tests: name of the test, and what it counted."""
 
-from collections.abc import Callable
-from typing import Any
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from data_schemas.dataset import Categorical, DatasetSpec, LabelColumn, Numeric, TimeColumn
+from pipeline.data.ingest import IngestReport, ingest_landing
+from pipeline.data.lake import ClickLog, Quarantine, RowRange
 
 Tell = Callable[[str], None]
 
@@ -27,3 +39,121 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if lines:
         terminalreporter.section("faults")
         terminalreporter.write("\n".join(sorted(lines)) + "\n")
+
+
+SPEC = DatasetSpec(
+    name="shop",
+    time=TimeColumn(column="at"),
+    label=LabelColumn(column="clicked"),
+    event_key=("event_id",),
+    categorical=(Categorical(name="item"), Categorical(name="tags", many=True)),
+    numeric=(Numeric(name="price", lower=0.0),),
+)
+NOW = datetime(2024, 6, 1, tzinfo=UTC)
+START = datetime(2024, 5, 1, tzinfo=UTC)
+
+
+class Place:
+    """A landing folder, a click log and a quarantine."""
+
+    spec, now, start = SPEC, NOW, START
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.landing = root, root / "landing"
+        self.landing.mkdir(parents=True)
+        self.open()
+
+    def open(self) -> None:
+        self.log = ClickLog.open_or_create(self.root / "log", SPEC)
+        self.quarantine = Quarantine.open_or_create(self.root / "quarantine")
+
+    def arrive(self, name: str, content: bytes) -> None:
+        path = self.landing / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def ingest(self) -> IngestReport:
+        return ingest_landing(str(self.landing), self.log, self.quarantine, SPEC, now=NOW)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the click log, in an order that does not depend on how they came."""
+        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in self.log.files()]
+        return sorted(self.log.read(ranges, self.log.schema.names).to_pylist(), key=str)
+
+    def orphans(self) -> set[str]:
+        """Files that no commit names."""
+        found = {str(path.relative_to(self.log.root)) for path in self.log.root.rglob("part-*.parquet")}
+        return found - self.log.active_paths()
+
+
+def event(number: int, **changed: Any) -> dict[str, Any]:
+    """A row as it arrives."""
+    row = {
+        "event_id": f"e{number}",
+        "at": (START + timedelta(minutes=7 * number)).isoformat(),
+        "clicked": number % 2,
+        "item": f"item-{number % 3}" if number % 4 else None,
+        "tags": ["a", "b"][: number % 3],
+        "price": number / 4,
+    }
+    return row | changed
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Quoted where it must be."""
+    sink = io.StringIO(newline="")
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow(event(0))
+    for row in rows:
+        writer.writerow("|".join(map(str, value)) if isinstance(value, list) else value for value in row.values())
+    return sink.getvalue().encode(errors="surrogateescape")
+
+
+def as_json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows) or b"\n"
+
+
+def as_parquet(rows: Sequence[dict[str, Any]], **how: Any) -> bytes:
+    """With page checksums."""
+    schema = pa.schema(
+        [
+            ("event_id", pa.string()),
+            ("at", pa.timestamp("us", tz="UTC")),
+            ("clicked", pa.int8()),
+            ("item", pa.string()),
+            ("tags", pa.list_(pa.string())),
+            ("price", pa.float64()),
+        ]
+    )
+    typed = [row | {"at": datetime.fromisoformat(row["at"])} for row in rows]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(typed, schema=schema), sink, **({"write_page_checksum": True} | how))
+    return bytes(sink.getvalue())
+
+
+WRITERS = {
+    ".csv": as_csv,
+    ".csv.gz": lambda rows: gzip.compress(as_csv(rows), mtime=0),
+    ".jsonl": as_json_lines,
+    ".jsonl.gz": lambda rows: gzip.compress(as_json_lines(rows), mtime=0),
+    ".parquet": as_parquet,
+}
+
+
+class Made:
+    """What a test makes rows and files with."""
+
+    event = staticmethod(event)
+    writers: ClassVar[dict[str, Callable[[Sequence[dict[str, Any]]], bytes]]] = WRITERS
+    as_csv, as_json_lines, as_parquet = staticmethod(as_csv), staticmethod(as_json_lines), staticmethod(as_parquet)
+    place = Place
+
+
+@pytest.fixture
+def made() -> type[Made]:
+    return Made
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path / "place")
