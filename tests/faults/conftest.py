@@ -4,7 +4,10 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Sequence
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,3 +160,55 @@ def made() -> type[Made]:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path / "place")
+
+
+DAY = Path(__file__).with_name("mortal_day.py")
+
+
+class Machine:
+    """Lives days, in processes that can be killed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._errors = (root / "stderr").open("w")
+        self._server = subprocess.Popen(
+            [sys.executable, str(DAY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+
+    def ask(self, do: str, *, may_fail: bool = False, **more: Any) -> dict[str, Any]:
+        """What became of an order; see the head of `mortal_day.py`."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps({"do": do, "folder": str(self.root / "day"), **more}) + "\n")
+        self._server.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        assert may_fail or answer["ended"] != "failed", (self.root / "stderr").read_text()[-3000:]
+        return answer
+
+    def new_day(self) -> None:
+        """At the same path as every day before: artifacts in MLflow know where they are."""
+        shutil.rmtree(self.root / "day", ignore_errors=True)
+        shutil.copytree(self.root / "morning", self.root / "day")
+
+    def close(self) -> None:
+        self._server.communicate()
+        self._errors.close()
+
+    def first_day(self, *, tracked: bool, rows_per_hour: int) -> tuple[dict[str, Any], float]:
+        """What a day comes to that nothing disturbs, and its seconds; the days after it begin like it."""
+        for name in ("morning", "day"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        self.ask("lay out", rows_per_hour=rows_per_hour)
+        if tracked:
+            self.ask("open mlflow")
+        (self.root / "day").rename(self.root / "morning")
+        self.new_day()
+        seconds = float(self.ask("live", tracked=tracked)["seconds"])
+        return self.ask("inspect", tracked=tracked)["result"], seconds
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    yield machine
+    machine.close()

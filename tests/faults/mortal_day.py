@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data_schemas.dataset import DatasetSpec, load_spec
+from data_schemas.errors import TidemarkError
 from pipeline.config import UpdateConfig, load_config
 from pipeline.data.compaction import compact
 from pipeline.data.held import held_windows
@@ -272,7 +273,7 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     answer = {"ended": "killed" if killed else "done" if status == 0 else "failed"}
     answer |= {"stage": told[:].rstrip(b"\0").decode(), "seconds": time.monotonic() - started}
-    if order["do"] == "inspect" and status == 0:
+    if answer["ended"] == "failed" or (order["do"] == "inspect" and status == 0):
         answer["result"] = json.loads(result.read_text())
     return answer
 
@@ -293,8 +294,10 @@ def _do(order: dict[str, Any], folder: Path, told: mmap.mmap, result: Path) -> N
                 lay_out(folder, rows_per_hour=order["rows_per_hour"])
             case "open mlflow":
                 open_experiment(config_of(folder, tracked=True))
-    except BaseException:  # noqa: BLE001 - told to the parent
+    except BaseException as error:  # noqa: BLE001 - told to the parent
         traceback.print_exc()
+        ours = isinstance(error, TidemarkError | OSError)
+        result.write_text(json.dumps({"error": f"{type(error).__name__}: {error}", "named": ours}))
         os._exit(1)
     os._exit(0)
 
