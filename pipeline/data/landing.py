@@ -228,7 +228,7 @@ def _read_csv(file: LandingFile, spec: DatasetSpec) -> Iterator[RawBatch]:
 def _header(file: LandingFile, spec: DatasetSpec) -> list[str]:
     with _open(file) as stream:
         start = stream.read(1 << 16)
-    text = start.decode("utf-8-sig", errors="strict" if len(start) < 1 << 16 else "replace")
+    text = start.decode("utf-8-sig", errors="replace")  # a byte that is wrong in a row is that row's fault alone
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=spec.file.delimiter)
     return next((row for row in rows if row), [])
 
