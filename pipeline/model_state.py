@@ -113,6 +113,8 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
     for version in _candidates(config):
         try:
             state = _restored(version, config, spec, processes)
+            if state.serving is not None:
+                read_manifest(config.model_dir, state.serving)  # it will be compared with this one, and must be whole
             return replace(state, notes=(*notes, *state.notes))
         except CorruptCheckpoint as error:
             set_aside(config.model_dir, version)
