@@ -76,6 +76,19 @@ def test_days_with_a_few_kills_end_as_one_without(machine: Any, tell: Callable[[
 
 
 @pytest.mark.slow
+def test_a_kill_while_mlflow_makes_its_database_leaves_none_or_a_whole_one(machine: Any, tell: Callable[[str], None]) -> None:
+    machine.first_day(tracked=False, rows_per_hour=50)
+    machine.new_day()
+    whole, rng, killed = machine.ask("open mlflow")["seconds"], np.random.default_rng(3), 0
+    for place in range(10):
+        machine.new_day()
+        killed += machine.ask("open mlflow", kill_after=whole * (place + rng.random()) / 10)["ended"] == "killed"
+        machine.ask("open mlflow")
+    tell(f"{killed} kills while it was made, which takes {whole:.1f} s; each time the next process could use it")
+    assert killed >= 8
+
+
+@pytest.mark.slow
 def test_days_with_many_kills_end_as_one_without(machine: Any, tell: Callable[[str], None]) -> None:
     """Without MLflow, so that most of a day is ingest, learning, checkpoints and compaction."""
     _check(machine, tell, tracked=False, rows_per_hour=3000, kills=120, a_day=1, seed=1)
