@@ -4,12 +4,11 @@ window -> check -> evaluate before learning -> learn until done or out of time -
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,17 +25,17 @@ from pipeline.data.normalise import RunningMoments
 from pipeline.data.window_rows import WindowRows, load_rows
 from pipeline.data.windows import Window, next_window
 from pipeline.describe import as_rejected, describe, describe_suspicious, one_line, with_steadiness
+from pipeline.ending import Shown, end_interrupted, end_update, forget_note, freeze, note_down, track
 from pipeline.evaluation.alarms import Checked, alarms_of, past_of
 from pipeline.evaluation.champion import champion_probabilities, gate_verdict, gathered_evidence
 from pipeline.evaluation.gate import GateVerdict
-from pipeline.evaluation.judge import Score, Scores, evaluate, evaluate_before, frozen_folder
+from pipeline.evaluation.judge import Scores, evaluate, evaluate_before
+from pipeline.evaluation.metrics import CalibrationBin
 from pipeline.evaluation.profile import profile_of
 from pipeline.lock import alone
-from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
+from pipeline.model_state import ModelState, admit_ids, as_saved, restore_or_create, save
 from pipeline.outcome import LEARNED, UpdateReport
-from pipeline.passwords import without_passwords
 from pipeline.publishing.checkpoint import current_version, forget_unpublished
-from pipeline.publishing.predictor import export_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history, reason_of
 from pipeline.publishing.report import verdict as verdict_of
 from pipeline.training.batch_size import batch_policy
@@ -84,8 +83,8 @@ def run_update(
     require_correctable(spec, config.sampling)
     with alone(config.model_dir, "update", wait_seconds=config.lock_wait_seconds):
         stages, now = _Stages(stage, clock), now or datetime.now(UTC)
+        state = stages.run("restore", lambda: _restore(config, spec))
         history = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
-        state = stages.run("restore", lambda: restore_or_create(config, spec))
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
         if window is None:
             return None
@@ -106,16 +105,25 @@ def run_update(
             report = replace(as_rejected(report, state), profile=seen.profile, gate=verdict)
             return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
         published = not (own and verdict and verdict.decision == "hold")
-        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec, published))
-        report = describe(config, spec, window, saved, rows, learned, plan, scores, stages.seconds)
-        report = with_steadiness(report, window, learned, before, after, history)
-        report = report if published else replace(report, outcome="held", serving=current_version(config.model_dir))
-        report = replace(report, profile=seen.profile, alarms=seen.alarms, gate=verdict)
-        report = replace(report, notes=(*report.notes, *_warnings(seen, verdict, config)))
-        append_history(config.model_dir, report)
-        note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
-        report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
-        append_history(config.model_dir, report)
+
+        def described(saved: ModelState) -> UpdateReport:
+            report = describe(config, spec, window, saved, rows, learned, plan, scores, stages.seconds)
+            report = with_steadiness(report, window, learned, before, after, history)
+            report = report if published else replace(report, outcome="held", serving=current_version(config.model_dir))
+            report = replace(report, profile=seen.profile, alarms=seen.alarms, gate=verdict)
+            return replace(report, notes=(*report.notes, *_warnings(seen, verdict, config)))
+
+        checkpoint = _Checkpoint(described, before.bins if before else (), published)
+        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec, checkpoint))
+        report = end_update(
+            config,
+            spec,
+            saved,
+            described(saved),
+            Shown(examples=rows.examples.take(np.arange(len(rows.sample))), frame=rows.sample, bins=checkpoint.bins),
+            lambda work: stages.run("publish", work),
+            lambda: dict(stages.seconds),
+        )
         log.info("%s", one_line(report))
         return report
 
@@ -140,11 +148,26 @@ class _Stages:
             self.seconds[name] = self.clock() - started
 
 
+class _Checkpoint(NamedTuple):
+    """What a checkpoint is made for."""
+
+    described: Callable[[ModelState], UpdateReport]
+    """The report of the update that saves a state."""
+    bins: tuple[CalibrationBin, ...]
+    published: bool
+
+
 def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, object]]) -> Deadline:
     tails = [sum(record["seconds"].get(name, 0.0) for name in AFTER_LEARNING) for record in history]  # type: ignore[attr-defined]
     budget = config.budget
     reserve = reserve_seconds(tails, budget_seconds=budget.seconds, min_reserve_seconds=budget.min_reserve_seconds)
     return Deadline(started=stages.started, budget_seconds=budget.seconds, reserve_seconds=reserve, clock=stages.clock)
+
+
+def _restore(config: UpdateConfig, spec: DatasetSpec) -> ModelState:
+    """The model, once what an update before was killed in is done."""
+    end_interrupted(config, spec)
+    return restore_or_create(config, spec)
 
 
 def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
@@ -183,6 +206,7 @@ def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now:
 
     What was learned since, and is not proven, is forgotten when the gate rejects it: those windows wait again.
     """
+    note_down(config.model_dir, report)
     held = hold_aside(
         config.model_dir,
         start=window.start,
@@ -198,10 +222,8 @@ def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now:
     note = f"held aside as {held.id}; release or discard it with flows/held.py"
     report = replace(report, notes=(*report.notes, note))
     append_history(config.model_dir, report)
-    if config.tracking.enabled:
-        from pipeline.publishing.publish import track_only  # imports MLflow, which takes a second
-
-        report = replace(report, notes=(*report.notes, *track_only(config, report)))
+    report = replace(report, notes=(*report.notes, *track(config, report)))
+    forget_note(config.model_dir)
     log.warning("%s", verdict_of(report))
     return report
 
@@ -281,7 +303,7 @@ def _checkpoint(
     plan: SamplingPlan | None,
     config: UpdateConfig,
     spec: DatasetSpec,
-    published: bool,
+    checkpoint: "_Checkpoint",
 ) -> ModelState:
     """The state as saved; its rows are consumed, and if it is published it serves from now on."""
     reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
@@ -294,14 +316,9 @@ def _checkpoint(
     state = replace(state, late_clicks=_late_clicks(state, rows, window, learned, reached, spec))
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=published)
-    folder = frozen_folder(config)
-    frozen_after = config.evaluation.frozen_after_updates
-    if frozen_after and saved.version >= frozen_after and not folder.is_dir():
-        staged = folder.with_suffix(".tmp")
-        shutil.rmtree(staged, ignore_errors=True)
-        export_predictor(saved, spec, config.model, staged)
-        staged.rename(folder)
+    note_down(config.model_dir, checkpoint.described(as_saved(state, window, logged, config)), checkpoint.bins)
+    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=checkpoint.published)
+    freeze(config, spec, saved)
     return saved
 
 
@@ -331,35 +348,3 @@ def _memory_notes(remembered: MemoryReport) -> Iterator[str]:
         yield f"{remembered.refused_rows:,} rows found no room in a counter or history; raise its capacity"
     if remembered.capped_history_events:
         yield f"{remembered.capped_history_events:,} clicks of users with very many were left out of their histories"
-
-
-def _publish(
-    config: UpdateConfig,
-    spec: DatasetSpec,
-    saved: ModelState,
-    rows: WindowRows,
-    report: UpdateReport,
-    before: Score | None,
-) -> tuple[str, ...]:
-    """Puts the report, and the model, where people look; what could not be reached is noted and sent later."""
-    from pipeline.publishing.publish import publish_update  # imports MLflow, which takes a second
-
-    if not config.tracking.enabled:
-        return ()
-    examples = rows.examples.take(np.arange(len(rows.sample)))
-    try:
-        with saved.learner.averaged():
-            example_probabilities = predictor_of(saved, spec).predict_examples(examples)
-        return publish_update(
-            config,
-            spec,
-            saved,
-            report,
-            example=rows.sample,
-            example_probabilities=example_probabilities,
-            bins=before.bins if before else (),
-        )
-    except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
-        log.warning("publishing failed", exc_info=True)
-        reason = f"{type(error).__name__}: {without_passwords(str(error))}"
-        return (f"publishing failed ({reason}); the checkpoint serves, MLflow shows the update before",)

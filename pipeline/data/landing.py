@@ -228,7 +228,7 @@ def _read_csv(file: LandingFile, spec: DatasetSpec) -> Iterator[RawBatch]:
 def _header(file: LandingFile, spec: DatasetSpec) -> list[str]:
     with _open(file) as stream:
         start = stream.read(1 << 16)
-    text = start.decode("utf-8-sig", errors="strict" if len(start) < 1 << 16 else "replace")
+    text = start.decode("utf-8-sig", errors="replace")  # a byte that is wrong in a row is that row's fault alone
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=spec.file.delimiter)
     return next((row for row in rows if row), [])
 
@@ -415,6 +415,6 @@ def _refuse_bomb(metadata: Any, file: LandingFile, names: Sequence[str]) -> None
 
 
 def _string_leaves(plain: pq.ParquetFile, names: Sequence[str]) -> list[str]:
-    """String columns that are no lists: read as dictionaries, a long text that is repeated is held once."""
+    """String columns, and strings in lists: read as dictionaries, a long text that is repeated is held once."""
     columns = [plain.schema.column(place) for place in range(len(plain.schema))]
-    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY" and column.path in names]
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY" and column.path.split(".")[0] in names]

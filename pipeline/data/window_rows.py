@@ -114,6 +114,18 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
     )
 
 
+def sample_of(click_log: ClickLog, spec: DatasetSpec, start: int, end: int) -> tuple[Examples, pd.DataFrame]:
+    """A few rows of the hours from `start` to before `end`, since 1970, as examples and as a caller would send them."""
+    columns = columns_to_read(spec)
+    read = columns if spec.clicks is None else [*columns, "is_click"]
+    ranges = [RowRange(file=f, start=0, stop=min(f.num_rows, 1000)) for f in click_log.files() if start <= f.hour < end]
+    table = click_log.read(ranges[:1], read)
+    if spec.clicks is not None:
+        table = table.filter(pc.invert(table["is_click"])).select(columns)
+    table = table.slice(0, SAMPLE_ROWS)
+    return to_examples(table, spec), _raw_sample(table)
+
+
 def _held_out(examples: Examples, window: Window, state: ModelState, config: UpdateConfig, *, seed: Sequence[int]) -> Mask:
     if not _is_judged(window, state, config):
         return np.zeros(examples.num_rows, bool)

@@ -241,6 +241,15 @@ def as_time(hours_since_epoch: int) -> datetime:
     return EPOCH + timedelta(hours=hours_since_epoch)
 
 
+def as_hour(moment: datetime) -> int:
+    """The inverse of `as_time`; minutes are cut off.
+
+    >>> as_hour(as_time(24))
+    24
+    """
+    return (moment - EPOCH) // timedelta(hours=1)
+
+
 def _check_same_log(log: ClickLog, cursor: Cursor) -> None:
     if cursor.log_id not in ("", log.table_id) or (cursor.log_version or 0) > log.version:
         raise CheckpointError(

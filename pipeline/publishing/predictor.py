@@ -32,7 +32,7 @@ from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import GATE, ModelState, architecture, default_device
-from pipeline.publishing.checkpoint import Moments
+from pipeline.publishing.checkpoint import Moments, reading
 
 DESCRIPTION = "predictor.json"
 WEIGHTS = "weights.safetensors"
@@ -116,7 +116,16 @@ def predictor_of(state: ModelState, spec: DatasetSpec) -> Predictor:
 
 
 def load_predictor(folder: Path) -> Predictor:
-    """The predictor in `folder`; nothing in it is executed."""
+    """The predictor in `folder`; nothing in it is executed.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, or is not what `export_predictor` writes.
+    """
+    with reading(folder):
+        return _load_predictor(folder)
+
+
+def _load_predictor(folder: Path) -> Predictor:
     description = _Description.model_validate_json((folder / DESCRIPTION).read_bytes())
     spec = description.spec
     device = default_device()
