@@ -40,7 +40,7 @@ from pipeline.publishing.report import append_history, read_history, reason_of
 from pipeline.publishing.report import verdict as verdict_of
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
-from pipeline.training.late_clicks import LateClicks, Looks
+from pipeline.training.late_clicks import LateClicks, Looks, logits_of
 from pipeline.training.learn import Learned, Progress, learn
 from pipeline.training.replay import after_window, with_replay
 from pipeline.training.sampling import sample_window, without_rows
@@ -269,13 +269,11 @@ def _learn(
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
     sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     sampled = without_rows(sampled, rows.held_out)
-    looks = Looks()
+    looks, before_R = Looks(), None
     if window.clicks and rows.event_keys is not None:
         came = rows.event_keys[is_correction(rows.examples.labels_R)]
-        until = window.clicks.known_until
-        sampled, looks = state.late_clicks.looking_back(
-            sampled, came, until, spec, state.ids, seed=rows.seed, hour=window.start
-        )
+        before_R, known = logits_of(learner, rows.encoded), state.late_clicks
+        sampled, looks = known.looking_back(sampled, came, window.end, spec, state.ids, seed=rows.seed, hour=window.start)
     learned = learn(
         learner,
         sampled.window,
@@ -288,9 +286,10 @@ def _learn(
         probe_rows=config.evaluation.probe_rows,
         mean_weight=sampled.mean_weight,
     )
+    moved_R = None if before_R is None else logits_of(learner, rows.encoded) - before_R
     num_past = sampled.window.num_rows - rows.encoded.num_rows
     past = (f"{num_past:,} past rows were learned again",) if num_past else ()
-    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled, looks=looks)
+    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled, looks=looks, moved_R=moved_R)
     learned = learned.leaving(rows.held_out)
     return rows, replace(learned, step_time=fit.line if fit.measured else None), sampled.plan
 
@@ -326,7 +325,7 @@ def _late_clicks(
     state: ModelState, rows: WindowRows, window: Window, learned: Learned, reached: I64, spec: DatasetSpec
 ) -> LateClicks:
     """What is known of late clicks, once the window is."""
-    if window.clicks is None or rows.event_keys is None:
+    if window.clicks is None or rows.event_keys is None or rows.moved_R is None:
         return state.late_clicks
     return state.late_clicks.after(
         rows.examples,
@@ -335,6 +334,7 @@ def _late_clicks(
         rows.encoded,
         state.memory.histories(rows.examples),
         rows.looks,
+        rows.moved_R,
         reached=reached,
         reached_D=~learned.unreached_R[rows.encoded.num_rows :],
         spec=spec,

@@ -70,6 +70,7 @@ def join_clicks(log: ClickLog, window: Window, spec: DatasetSpec, label_delay_mi
             example_W=example_W,
             clicked_I=clicked_I,
             known_until=known_until,
+            end=window.end,
             click_hour_E=np.concatenate([np.where(clicked_I, click_hour_I, -1), corrected_hour]),
             corrected=corrected,
             waiting=int((fate == WAITS).sum()),

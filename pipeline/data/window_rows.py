@@ -67,6 +67,8 @@ class WindowRows:
     """As the rows were learned."""
     looks: Looks = field(default_factory=Looks)
     """At past impressions, behind those rows."""
+    moved_R: F32 | None = None
+    """What learning the window moved the logits of the rows by, where clicks are events of their own."""
 
     @property
     def clicks_known_share(self) -> float:

@@ -54,7 +54,9 @@ class JoinedClicks:
     clicked_I: Mask
     """Impressions of the window whose click is known."""
     known_until: int
-    """Hour until which clicks are joined."""
+    """Hour until which clicks on impressions of the window are joined; those on earlier ones only until its end."""
+    end: int
+    """Of the window."""
     click_hour_E: npt.NDArray[np.int64]
     """`[I + corrections]` hour of an example's click; -1 where none is known."""
     corrected: tuple[Piece, ...]
