@@ -29,6 +29,7 @@ from pipeline.evaluation.judge import frozen_folder
 from pipeline.evaluation.metrics import CalibrationBin
 from pipeline.model_state import ModelState, restore_or_create
 from pipeline.outcome import LEARNED, UpdateReport
+from pipeline.passwords import without_passwords
 from pipeline.publishing.checkpoint import (
     current_version,
     forget_unpublished,
@@ -227,4 +228,5 @@ def _publish(
         )
     except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
         log.warning("publishing failed", exc_info=True)
-        return (f"publishing failed ({type(error).__name__}: {error}); the checkpoint serves, MLflow shows the update before",)
+        reason = f"{type(error).__name__}: {without_passwords(str(error))}"
+        return (f"publishing failed ({reason}); the checkpoint serves, MLflow shows the update before",)

@@ -53,6 +53,7 @@ from pipeline.publishing.checkpoint import (
     set_aside,
     versions,
 )
+from pipeline.training.late_clicks import LateClicks
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.optimizers import group_scalars, load_group_scalars
@@ -90,6 +91,8 @@ class ModelState:
     """Ids that have a row of their own, where a feature asks for admission."""
     replay: ReplayMemory
     """Past rows that are learned again, where the settings ask for it."""
+    late_clicks: LateClicks
+    """What is known of them, where clicks are events of their own."""
     cursor: Cursor
     version: int
     """Of the checkpoint that it was restored from; 0 for a new model."""
@@ -182,7 +185,7 @@ def save(
         manifest,
         dense=_dense_tensors(learner),
         tables=learner.model.tables,
-        memory=state.memory.arrays() | state.ids.arrays() | state.replay.arrays() | _evidence_arrays(state, published),
+        memory=_kept_arrays(state, published),
         pending=bitmaps,
         keep=config.keep_checkpoints,
         processes=learner.processes,
@@ -278,10 +281,12 @@ def _restored(version: int, config: UpdateConfig, spec: DatasetSpec, processes: 
     return _restore(manifest, config, spec, processes)
 
 
-def _evidence_arrays(state: ModelState, published: bool) -> dict[str, npt.NDArray[Any]]:
+def _kept_arrays(state: ModelState, published: bool) -> dict[str, npt.NDArray[Any]]:
+    """What is kept beside weights and tables; evidence only while it has not decided."""
+    kept = state.memory.arrays() | state.ids.arrays() | state.replay.arrays() | state.late_clicks.arrays()
     if published or state.evidence is None:
-        return {}
-    return {f"{EVIDENCE}{name}": array for name, array in state.evidence.arrays().items()}
+        return kept
+    return kept | {f"{EVIDENCE}{name}": array for name, array in state.evidence.arrays().items()}
 
 
 def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> None:
@@ -337,6 +342,7 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         memory=Memory(spec),
         ids=IdTables(spec),
         replay=ReplayMemory.empty(config.sampling),
+        late_clicks=LateClicks.nothing(spec),
         cursor=Cursor(),
         version=0,
     )
@@ -369,6 +375,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         memory=memory,
         ids=ids,
         replay=ReplayMemory.load(kept, config.sampling, spec, num_normalised(spec)),
+        late_clicks=LateClicks.load(kept, spec, num_normalised(spec)),
         cursor=cursor,
         version=manifest.version,
         serving=serving if manifest.version == head_version(config.model_dir) else None,

@@ -104,6 +104,8 @@ class UpdateReport:
     """What is wrong with it, if anything."""
     rows_thinned: int = 0
     """Rows left out in mid-pass because time did not suffice for all; they do not come again."""
+    clicks_known_share: float = 1.0
+    """Share of the clicks of the evaluated rows that is known yet, by estimate; below 1 where clicks come late."""
     clicks_corrected: int = 0
     """Impressions that were learned before their click came, and are corrected by this update; of `rows`."""
     profile: WindowProfile | None = None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from data_schemas.dataset import DatasetSpec, load_spec
-from data_schemas.examples import F32
+from data_schemas.examples import F32, I64
 from models.memory import MemoryReport
 from pipeline.config import UpdateConfig
 from pipeline.data.clicks import is_correction, join_clicks, require_correctable
@@ -40,6 +40,7 @@ from pipeline.publishing.report import append_history, read_history, reason_of
 from pipeline.publishing.report import verdict as verdict_of
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
+from pipeline.training.late_clicks import LateClicks, Looks
 from pipeline.training.learn import Learned, Progress, learn
 from pipeline.training.replay import after_window, with_replay
 from pipeline.training.sampling import sample_window, without_rows
@@ -74,13 +75,14 @@ def run_update(
     The model before stays current until the new one is written whole, and the rows stay waiting until then.
 
     Raises:
+        UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)
-    stages, now = _Stages(stage, clock), now or datetime.now(UTC)
-    with alone(config.model_dir):
+    with alone(config.model_dir, "update", wait_seconds=config.lock_wait_seconds):
+        stages, now = _Stages(stage, clock), now or datetime.now(UTC)
         state = stages.run("restore", lambda: _restore(config, spec))
         history = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
@@ -171,7 +173,7 @@ def _restore(config: UpdateConfig, spec: DatasetSpec) -> ModelState:
 def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
     click_log = ClickLog.open_or_create(config.log_path, spec)
     window = next_window(click_log, state.cursor, config.window, now, held_windows(config.model_dir))
-    return click_log, window and join_clicks(click_log, window, spec)
+    return click_log, window and join_clicks(click_log, window, spec, config.window.label_delay_minutes)
 
 
 def _check(
@@ -267,6 +269,13 @@ def _learn(
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
     sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     sampled = without_rows(sampled, rows.held_out)
+    looks = Looks()
+    if window.clicks and rows.event_keys is not None:
+        came = rows.event_keys[is_correction(rows.examples.labels_R)]
+        until = window.clicks.known_until
+        sampled, looks = state.late_clicks.looking_back(
+            sampled, came, until, spec, state.ids, seed=rows.seed, hour=window.start
+        )
     learned = learn(
         learner,
         sampled.window,
@@ -277,10 +286,11 @@ def _learn(
         stratum_R=sampled.stratum_R,
         kept_R=sampled.kept_R,
         probe_rows=config.evaluation.probe_rows,
+        mean_weight=sampled.mean_weight,
     )
     num_past = sampled.window.num_rows - rows.encoded.num_rows
     past = (f"{num_past:,} past rows were learned again",) if num_past else ()
-    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled)
+    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled, looks=looks)
     learned = learned.leaving(rows.held_out)
     return rows, replace(learned, step_time=fit.line if fit.measured else None), sampled.plan
 
@@ -298,17 +308,37 @@ def _checkpoint(
     """The state as saved; its rows are consumed, and if it is published it serves from now on."""
     reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
     before = state.moments or RunningMoments.nothing_seen(num_normalised(spec))
-    shown = reached[~is_correction(rows.encoded.labels_R[reached])]
+    shown = reached[~is_correction(rows.examples.labels_R[reached])]
     state = replace(state, moments=before.after(rows.encoded.raw_dense_NR[:, shown]))
     if config.sampling.replay_share and rows.learned is not None:
         replay = after_window(state.replay, rows.examples, rows.learned, state.memory, reached, seed=rows.seed)
         state = replace(state, replay=replay)
+    state = replace(state, late_clicks=_late_clicks(state, rows, window, learned, reached, spec))
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
     note_down(config.model_dir, checkpoint.described(as_saved(state, window, logged, config)), checkpoint.bins)
     saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=checkpoint.published)
     freeze(config, spec, saved)
     return saved
+
+
+def _late_clicks(
+    state: ModelState, rows: WindowRows, window: Window, learned: Learned, reached: I64, spec: DatasetSpec
+) -> LateClicks:
+    """What is known of late clicks, once the window is."""
+    if window.clicks is None or rows.event_keys is None:
+        return state.late_clicks
+    return state.late_clicks.after(
+        rows.examples,
+        rows.event_keys,
+        window.clicks,
+        rows.encoded,
+        state.memory.histories(rows.examples),
+        rows.looks,
+        reached=reached,
+        reached_D=~learned.unreached_R[rows.encoded.num_rows :],
+        spec=spec,
+    )
 
 
 def _memory_notes(remembered: MemoryReport) -> Iterator[str]:

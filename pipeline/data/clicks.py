@@ -5,18 +5,15 @@ learned as negatives their click now corrects.
 
 The click log keeps both as they came; nothing is rewritten when a click arrives. A click of a window belongs
 
-- to an impression of the same window: that one is learned with label 1. Clicks of later hours that are known already are
-  taken along, so that `label_delay_minutes` gives them time;
+- to an impression of the same window: that one is learned with label 1. Clicks of the hours after it, as many as
+  `label_delay_minutes` has, are taken along. Others stay where they are, even if they are in the log already: what is known of
+  a window does not depend on when it is learned;
 - to an impression that an update has learned: it is corrected;
 - to an impression that waits itself, or that may still arrive: the click waits with it;
 - to none within `attribution_minutes`: it is left out, and counted.
 
-A correction must undo a negative example and add a positive one. The pair's log loss is (softplus(z) - z) - softplus(z) = -z,
-so its gradient by the logit z is -1, and p + (-1), what impression and correction push together, is the gradient p - 1 of a
-positive example: unbiased, with no delay to model (Chapelle 2014, "Modeling Delayed Feedback in Display Advertising", fits one;
-Ktena et al. 2019, "Addressing Delayed Feedback for Continuous Training with Neural Networks in CTR prediction", weigh by the
-model's own prediction). It is written as *one* example, so that no deadline can halve the pair: weight e and label 1/e have
-the gradient e * p - 1, within e = 2^-12 of it, and count one click and next to no impression in every counter.
+How both kinds are learned: `models/loss.py`. In counters and histories a corrected impression counts one click and next to no
+impression: it has weight e and label 1/e there.
 
 Letters: W rows of the window, I impressions among them, K rows that are looked through, C clicks.
 """
@@ -40,14 +37,20 @@ CORRECTION_WEIGHT = 2.0**-12
 _COLUMNS = ("event_key", "event_time", "is_click")
 _US_PER_MINUTE = 60_000_000
 _US_PER_HOUR = 60 * _US_PER_MINUTE
+_NEVER = np.iinfo(np.int64).max
 
 
-def join_clicks(log: ClickLog, window: Window, spec: DatasetSpec) -> Window:
-    """The window with `clicks`; as it is, where the data set's clicks are no events of their own."""
+def join_clicks(log: ClickLog, window: Window, spec: DatasetSpec, label_delay_minutes: int = 0) -> Window:
+    """The window with `clicks`; as it is, where the data set's clicks are no events of their own.
+
+    Args:
+        label_delay_minutes: clicks of so long after the window's end are joined too, in whole hours.
+    """
     if spec.clicks is None:
         return window
     own = _Events.read(log, window.pieces)
-    window = _with_known_clicks(log, window, own, spec.clicks)
+    known_until = window.end + label_delay_minutes // 60
+    window = _with_known_clicks(log, window, own, spec.clicks, known_until)
     events = _Events.read(log, window.pieces)
     shown, clicked = np.flatnonzero(~events.is_click), np.flatnonzero(events.is_click)
     example_W = np.full(len(events.keys), WAITS)
@@ -57,13 +60,17 @@ def join_clicks(log: ClickLog, window: Window, spec: DatasetSpec) -> Window:
     clicked_I = np.zeros(len(shown), bool)
     clicked_I[matched[matched >= 0]] = True
     rest = clicked[matched < 0]
-    corrected, fate = _look_back(log, window, events.take(rest), spec.clicks)
+    click_hour_I = np.full(len(shown), _NEVER)
+    np.minimum.at(click_hour_I, matched[matched >= 0], events.time_us[clicked[matched >= 0]] // _US_PER_HOUR)
+    corrected, corrected_hour, fate = _look_back(log, window, events.take(rest), spec.clicks)
     example_W[rest] = np.where(fate >= 0, fate + len(shown), fate)
     return replace(
         window,
         clicks=JoinedClicks(
             example_W=example_W,
             clicked_I=clicked_I,
+            known_until=known_until,
+            click_hour_E=np.concatenate([np.where(clicked_I, click_hour_I, -1), corrected_hour]),
             corrected=corrected,
             waiting=int((fate == WAITS).sum()),
             unattributed=int((fate == DONE).sum()),
@@ -78,13 +85,13 @@ def is_correction(labels_R: F32) -> Mask:
 
 
 def as_corrections(examples: Examples) -> Examples:
-    """Impressions that were learned as negatives, as the examples that make positives of them."""
+    """Impressions that were learned as not clicked, as counters and histories count their clicks."""
     weights_R = np.full(examples.num_rows, CORRECTION_WEIGHT, np.float32)
     return replace(examples, labels_R=np.float32(1) / weights_R, weights_R=weights_R)
 
 
 def require_correctable(spec: DatasetSpec, sampling: SamplingConfig) -> None:
-    """Refuses settings under which a correction would not undo what was learned.
+    """Refuses settings under which a late click could not be put right.
 
     Raises:
         ConfigError: names the setting.
@@ -138,13 +145,13 @@ def _match(clicks: _Events, shown: _Events, rule: Clicks) -> I64:
     return np.where(fits, at, found)
 
 
-def _with_known_clicks(log: ClickLog, window: Window, own: _Events, rule: Clicks) -> Window:
-    """The window with the clicks on its impressions that lie in rows left for later windows."""
+def _with_known_clicks(log: ClickLog, window: Window, own: _Events, rule: Clicks, known_until: int) -> Window:
+    """The window with the clicks on its impressions, before `known_until`, that lie in rows left for later windows."""
     shown = own.take(np.flatnonzero(~own.is_click))
     if not len(shown.keys):
         return window
     first = int(shown.time_us.min()) // _US_PER_HOUR
-    last = int(shown.time_us.max()) // _US_PER_HOUR + rule.attribution_hours
+    last = min(int(shown.time_us.max()) // _US_PER_HOUR + rule.attribution_hours, known_until - 1)
     pulled: list[Piece] = []
     left: list[Piece] = []
     for piece in window.left:
@@ -163,13 +170,14 @@ def _with_known_clicks(log: ClickLog, window: Window, own: _Events, rule: Clicks
     return replace(window, pieces=(*window.pieces, *pulled), left=tuple(left))
 
 
-def _look_back(log: ClickLog, window: Window, clicks: _Events, rule: Clicks) -> tuple[tuple[Piece, ...], I64]:
-    """Impressions to correct, and `[C]` the place of each click's among their rows, or what else becomes of the click."""
+def _look_back(log: ClickLog, window: Window, clicks: _Events, rule: Clicks) -> tuple[tuple[Piece, ...], I64, I64]:
+    """Impressions to correct, the hours of their clicks, and `[C]` the place of each click's among their rows, or what else
+    becomes of the click."""
     fate = np.full(len(clicks.keys), WAITS)
     expired = clicks.time_us + rule.attribution_minutes * _US_PER_MINUTE < window.end * _US_PER_HOUR
     fate[expired] = DONE
     if not len(clicks.keys):
-        return (), fate
+        return (), np.empty(0, np.int64), fate
     first = int(clicks.time_us.min()) // _US_PER_HOUR - rule.attribution_hours
     last = int(clicks.time_us.max()) // _US_PER_HOUR
     files = [file for file in log.files(window.log_version) if first <= file.hour <= last]
@@ -186,7 +194,8 @@ def _look_back(log: ClickLog, window: Window, clicks: _Events, rule: Clicks) -> 
     late = has[~waits[matched[has]]]
     chosen, first_click = np.unique(matched[late], return_index=True)
     fate[late[first_click]] = np.arange(len(chosen))
-    return tuple(_as_pieces([piece for piece, _ in found], owner[chosen], row[chosen])), fate
+    hours = clicks.time_us[late[first_click]] // _US_PER_HOUR
+    return tuple(_as_pieces([piece for piece, _ in found], owner[chosen], row[chosen])), hours, fate
 
 
 def _concatenated(parts: Sequence[_Events]) -> _Events:

@@ -22,6 +22,7 @@ from models.id_table import SHARED_ROW, IdTables
 from models.ids import cross_rows
 from models.memory import Memory, column_names
 from models.tables import TableLayout, click_key, cross_key, history_pools, pool_key, table_layout
+from pipeline.data.delays import LEAST_LOG
 from pipeline.data.normalise import RunningMoments, normalise, transform
 
 THREADS = 2
@@ -77,6 +78,8 @@ class EncodedWindow:
     user_R: U64
     logit_shifts_R: F32 | None = None
     """As in `MiniBatch`; None: nothing."""
+    log_unseen_R2: F32 | None = None
+    """As in `MiniBatch`; None: every click is known."""
 
     @property
     def num_rows(self) -> int:
@@ -103,7 +106,13 @@ class EncodedWindow:
             labels_B=torch.from_numpy(self.labels_R[rows_B]),
             weights_B=torch.from_numpy(weights_B if filling_B is None else np.where(filling_B, np.float32(0), weights_B)),
             logit_shifts_B=None if self.logit_shifts_R is None else torch.from_numpy(self.logit_shifts_R[rows_B]),
+            log_unseen_B2=None if self.log_unseen_R2 is None else torch.from_numpy(self.log_unseen_R2[rows_B]),
         )
+
+    def known_share(self, rows: I64) -> F32 | float:
+        """`[len(rows)]` share of their clicks that is known now: what a predicted probability has to be multiplied by before it
+        is compared with the labels."""
+        return 1.0 if self.log_unseen_R2 is None else -np.expm1(self.log_unseen_R2[rows, 1])
 
     def _segments(self, gathered_KB: I64, rows_B: I64) -> dict[str, "_Segment"]:
         """By key: what the batch looks up for it."""
@@ -186,6 +195,9 @@ def joined(first: EncodedWindow, second: EncodedWindow) -> EncodedWindow:
             pools={key: _join_bags(bags, second.histories.pools[key]) for key, bags in first.histories.pools.items()},
             ids={key: np.concatenate([ids, second.histories.ids[key]]) for key, ids in first.histories.ids.items()},
         )
+    unseen = [each.log_unseen_R2 for each in pair]
+    all_known = [np.full((each.num_rows, 2), [0.0, LEAST_LOG], np.float32) for each in pair]
+    unseen_R2 = [known if own is None else own for known, own in zip(all_known, unseen, strict=True)]
     shifts = [np.zeros(each.num_rows, np.float32) if each.logit_shifts_R is None else each.logit_shifts_R for each in pair]
     return replace(
         first,
@@ -198,6 +210,7 @@ def joined(first: EncodedWindow, second: EncodedWindow) -> EncodedWindow:
         weights_R=np.concatenate([each.weights_R for each in pair]),
         user_R=np.concatenate([each.user_R for each in pair]),
         logit_shifts_R=None if first.logit_shifts_R is None and second.logit_shifts_R is None else np.concatenate(shifts),
+        log_unseen_R2=None if unseen[0] is None and unseen[1] is None else np.concatenate(unseen_R2),
     )
 
 

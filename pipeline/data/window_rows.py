@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_schemas.dataset import DatasetSpec
-from data_schemas.examples import F32, I64, Examples, concatenate
+from data_schemas.examples import F32, I64, U64, Examples, concatenate
 from models.id_table import IdFigures
 from pipeline.config import UpdateConfig
 from pipeline.data.clicks import as_corrections, is_correction
@@ -25,6 +25,7 @@ from pipeline.data.windows import Window, read_pieces, read_window
 from pipeline.evaluation.paired import held_out
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState
+from pipeline.training.late_clicks import Looks
 from pipeline.training.sampling import SampledWindow
 
 SAMPLE_ROWS = 5
@@ -38,6 +39,8 @@ class WindowRows:
     examples: Examples
     """Those of the click log, then negatives that were drawn, where the log has none."""
     encoded: EncodedWindow
+    event_keys: U64 | None
+    """Of the rows of the click log, where clicks are events of their own."""
     num_logged: int
     """Rows of the click log, corrections among them: what is counted, remembered and consumed."""
     judged_weights_R: F32
@@ -62,11 +65,18 @@ class WindowRows:
     """What was drawn."""
     learned: SampledWindow | None = None
     """As the rows were learned."""
+    looks: Looks = field(default_factory=Looks)
+    """At past impressions, behind those rows."""
+
+    @property
+    def clicks_known_share(self) -> float:
+        """Share of the clicks of the evaluated rows that is known yet, by estimate."""
+        return float(np.mean(self.encoded.known_share(self.evaluated))) if len(self.evaluated) else 1.0
 
 
 def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec, config: UpdateConfig) -> WindowRows:
     """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
-    examples, table = _logged(click_log, window, spec)
+    examples, table, event_keys = _logged(click_log, window, spec)
     seed = (state.learner.config.seed, window.end)
 
     def encoded(examples: Examples) -> EncodedWindow:
@@ -84,9 +94,15 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
     shown_R = ~is_correction(examples.labels_R)
     held_out = _held_out(examples, window, state, config, seed=seed) & shown_R
     new = np.flatnonzero((examples.hour_R >= window.start) & shown_R)
+    if window.clicks is None or event_keys is None:
+        window_encoded = encoded(examples)
+    else:
+        known = state.late_clicks
+        window_encoded = known.encoded(examples, event_keys, window.clicks, encoded, spec, state.ids, hour=window.start)
     return WindowRows(
         examples=examples,
-        encoded=replace(encoded(examples), logit_shifts_R=drawn.shift_R),
+        event_keys=event_keys,
+        encoded=replace(window_encoded, logit_shifts_R=drawn.shift_R),
         num_logged=drawn.num_logged,
         judged_weights_R=examples.weights_R if drawn.judged_weights_R is None else drawn.judged_weights_R,
         evaluated=np.random.default_rng([*seed, 1]).permutation(new),
@@ -94,7 +110,7 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
         judged=_is_judged(window, state, config),
         seed=seed,
         sample=_raw_sample(table),
-        notes=(*drawn.notes, *_click_notes(window)),
+        notes=(*drawn.notes, *_click_notes(window, state, None if event_keys is None else event_keys[~shown_R])),
     )
 
 
@@ -120,26 +136,39 @@ def _is_judged(window: Window, state: ModelState, config: UpdateConfig) -> bool:
     return config.gate.action != "off" and state.version > 0 and not window.released
 
 
-def _logged(click_log: ClickLog, window: Window, spec: DatasetSpec) -> tuple[Examples, pa.Table]:
-    """Examples of the rows that stand in the log, corrections behind the others; and the rows of the window."""
+def _logged(click_log: ClickLog, window: Window, spec: DatasetSpec) -> tuple[Examples, pa.Table, U64 | None]:
+    """Examples of the rows that stand in the log, corrections behind the others; the rows of the window; and the events of the
+    examples, where clicks are events of their own."""
     columns = columns_to_read(spec)
     if window.clicks is None:
         table = read_window(click_log, window, columns)
-        return to_examples(table, spec), table
-    events = read_window(click_log, window, [*columns, "is_click"])
-    table = events.filter(pc.invert(events["is_click"])).select(columns)
+        return to_examples(table, spec), table, None
+    events = read_window(click_log, window, [*columns, "is_click", "event_key"])
+    events = events.filter(pc.invert(events["is_click"]))
+    table, keys = events.select(columns), _keys(events)
     examples = to_examples(table, spec)
     examples = replace(examples, labels_R=window.clicks.clicked_I.astype(np.float32))
     if not window.clicks.num_corrections:
-        return examples, table
-    learned_before = to_examples(read_pieces(click_log, window.clicks.corrected, columns), spec)
-    return concatenate([examples, as_corrections(learned_before)]), table
+        return examples, table, keys
+    corrected = read_pieces(click_log, window.clicks.corrected, [*columns, "event_key"])
+    learned_before = to_examples(corrected.select(columns), spec)
+    return concatenate([examples, as_corrections(learned_before)]), table, np.concatenate([keys, _keys(corrected)])
 
 
-def _click_notes(window: Window) -> Iterator[str]:
+def _keys(events: pa.Table) -> U64:
+    keys: U64 = events["event_key"].to_numpy().view(np.uint64)
+    return keys
+
+
+def _click_notes(window: Window, state: ModelState, late_keys: U64 | None) -> Iterator[str]:
     clicks = window.clicks
     if clicks and clicks.num_corrections:
         yield f"{clicks.num_corrections:,} clicks came after their impressions had been learned, and correct them"
+    if late_keys is not None and (num_unknown := state.late_clicks.num_unknown(late_keys)):
+        yield (
+            f"of these {num_unknown:,} are counted, but not learned: what was known of their impressions is not kept any more, "
+            "since the click arrived more than an hour after clicks.attribution_minutes, or the features have changed"
+        )
     if clicks and clicks.waiting:
         yield f"{clicks.waiting:,} clicks wait for their impressions"
     if clicks and clicks.unattributed:

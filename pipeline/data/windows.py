@@ -53,6 +53,10 @@ class JoinedClicks:
     corrections; `WAITS` or `DONE` for a click that is neither."""
     clicked_I: Mask
     """Impressions of the window whose click is known."""
+    known_until: int
+    """Hour until which clicks are joined."""
+    click_hour_E: npt.NDArray[np.int64]
+    """`[I + corrections]` hour of an example's click; -1 where none is known."""
     corrected: tuple[Piece, ...]
     """Impressions that were learned before their click came: one correction each, in the order of these rows."""
     waiting: int
@@ -140,12 +144,8 @@ def next_window(
         CheckpointError: the click log is not the one that the cursor speaks of.
     """
     version = log.version
-    _check_same_log(log, cursor)
-    unlearned = [window for window in held if window.id not in cursor.released]
-    aside = {window.id: carry(log, window.pieces, window.log_version, version)[0] for window in unlearned}
-    all_aside = merged(piece for pieces in aside.values() for piece in pieces)
+    waiting, aside = waiting_pieces(log, cursor, held)
     pending = _still_there(log, cursor, version)
-    waiting = without(merged([*pending, *added_between(log, cursor.log_version, version)]), all_aside)
     window = Window(
         start=0,
         end=0,
@@ -155,13 +155,30 @@ def next_window(
         late_rows=0,
         left=(),
         removed_rows=sum(piece.num_rows for piece in cursor.pending) - sum(piece.num_rows for piece in pending),
-        aside=tuple(all_aside),
+        aside=tuple(merged(piece for pieces in aside.values() for piece in pieces)),
         released_before=cursor.released,
     )
-    for chosen in unlearned:
-        if chosen.status == "released" and aside[chosen.id]:
+    for chosen in held:
+        if chosen.status == "released" and aside.get(chosen.id):
             return _released(window, chosen, aside[chosen.id], waiting, cursor)
     return _regular(window, waiting, pending, cursor, config, now)
+
+
+def waiting_pieces(
+    log: ClickLog, cursor: Cursor, held: Sequence[HeldWindow] = ()
+) -> tuple[list[Piece], dict[str, list[Piece]]]:
+    """Rows that wait for the model, of closed hours or not; and by its id the rows of each window that is held aside, was
+    discarded, or was released and is not learned yet.
+
+    Raises:
+        CheckpointError: the click log is not the one that the cursor speaks of.
+    """
+    version = log.version
+    _check_same_log(log, cursor)
+    unlearned = [window for window in held if window.id not in cursor.released]
+    aside = {window.id: carry(log, window.pieces, window.log_version, version)[0] for window in unlearned}
+    added = merged([*_still_there(log, cursor, version), *added_between(log, cursor.log_version, version)])
+    return without(added, merged(piece for pieces in aside.values() for piece in pieces)), aside
 
 
 def _released(window: Window, chosen: HeldWindow, pieces: Sequence[Piece], waiting: Sequence[Piece], cursor: Cursor) -> Window:

@@ -40,10 +40,11 @@ def gathered_evidence(state: ModelState, rows: WindowRows, champion_H: F32) -> E
         champion_H: what `champion_probabilities` gave before.
     """
     held, before = rows.held_out, state.evidence
+    known_share = rows.encoded.known_share(held)
     pair = Paired(
         labels_H=np.minimum(rows.examples.labels_R[held], 1),
-        champion_H=champion_H,
-        challenger_H=_predicted(state, rows),
+        champion_H=champion_H * known_share,
+        challenger_H=_predicted(state, rows) * known_share,
         weights_H=rows.judged_weights_R[held],
         user_H=rows.examples.user_R[held],
     )

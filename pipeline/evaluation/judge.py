@@ -84,6 +84,7 @@ def _measured(rows: WindowRows, chosen: I64, scored: F32) -> Score | None:
         return None
     labels, users = rows.encoded.labels_R[chosen], rows.encoded.user_R[chosen]
     weights = rows.judged_weights_R[chosen]
+    scored = scored * rows.encoded.known_share(chosen)
     return Score(measure(labels, scored, users, weights), calibration_bins(labels, scored, weights), scored)
 
 

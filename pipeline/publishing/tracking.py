@@ -347,6 +347,7 @@ def _hourly(report: UpdateReport) -> list[MetricPoint]:
         "evaluated_rows",
         "skipped_steps",
         "clicks_corrected",
+        "clicks_known_share",
     )
     for name in counts:
         values[f"rows/{name.replace('rows_', '').replace('_rows', '')}"] = float(getattr(report, name))
@@ -484,9 +485,8 @@ def _probe(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers; whether it lets us in, the client will tell
     except OSError as error:
-        address = uri.rpartition("@")[2]  # without the password that may stand before it
         raise TrackingUnavailable(
-            f"no MLflow server answers at {address} ({error}); start it, or leave tracking.uri empty for a local file"
+            f"no MLflow server answers at {uri} ({error}); start it, or leave tracking.uri empty for a local file"
         ) from error
 
 

@@ -98,6 +98,7 @@ def learn(
     stratum_R: npt.NDArray[np.int32] | None = None,
     kept_R: npt.NDArray[np.bool_] | None = None,
     probe_rows: int = 0,
+    mean_weight: float | None = None,
 ) -> Learned:
     """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached.
 
@@ -111,6 +112,7 @@ def learn(
         stratum_R: batches mirror these strata; and where the policy leaves rows out, rare strata are kept longest.
         kept_R: only these rows are learned; the others are reached as the pass goes by.
         probe_rows: some steps are looked at on so many rows; 0 for none.
+        mean_weight: of a row; that of the window where it is None.
     """
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
     kept = slice(None) if kept_R is None else kept_R
@@ -118,7 +120,8 @@ def learn(
     cursor = BatchCursor.of(window.num_rows, seed=seed, stratum_R=stratum_R, kept_R=kept_R)
     num_rows = cursor.remaining
     trace = _Trace(num_rows)
-    mean_weight = float(window.weights_R[kept].mean()) if num_rows else 1.0
+    if mean_weight is None:
+        mean_weight = float(window.weights_R[kept].mean()) if num_rows else 1.0
     stopwatch = _Stopwatch(deadline, learner.processes)
     probes = _probes(learner, window, cursor, probe_rows)
     thinned_by_R = (window.labels_R > 0).astype(np.int32) if stratum_R is None else stratum_R
@@ -262,10 +265,14 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
 
 
 def _click_rate(window: EncodedWindow, kept: slice | npt.NDArray[np.bool_]) -> float:
-    """Of all rows, estimated from those that are kept by their weights and shifts; 0 or 1 where these have one label only."""
+    """Of all rows, estimated from those that are kept by their weights and shifts, and from the share of clicks that is known;
+    0 or 1 where these have one label only."""
     weights_R = window.weights_R[kept].astype(np.float64)
     total = float(weights_R.sum())
     rate = float(window.labels_R[kept] @ weights_R) / total if total > 0 else 0.0
+    if window.log_unseen_R2 is not None and 0 < rate < 1:
+        known_R = -np.expm1(window.log_unseen_R2[kept, 1].astype(np.float64))
+        rate = min(rate * total / float(known_R @ weights_R), (1 + rate) / 2)
     if window.logit_shifts_R is None or not 0 < rate < 1:
         return rate
     shift = float(window.logit_shifts_R[kept] @ weights_R) / total

@@ -230,7 +230,9 @@ class Learner:
             logits_m = self.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
         if chunk.batch.logit_shifts_B is not None:
             logits_m = logits_m.float() + chunk.batch.logit_shifts_B[part]
-        loss = weighted_log_loss_sum(logits_m, chunk.batch.labels_B[part], chunk.batch.weights_B[part]) / divisor
+        batch = chunk.batch
+        unseen_m2 = None if batch.log_unseen_B2 is None else batch.log_unseen_B2[part]
+        loss = weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part], unseen_m2) / divisor
         self.scaler.scale(loss).backward()
         return loss.detach()
 

@@ -13,7 +13,7 @@ from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32, I64, Examples
 from models.memory import column_names
 from pipeline.config import SamplingConfig
-from pipeline.data.encode import EncodedWindow
+from pipeline.data.encode import EncodedWindow, joined
 from sampling.minibatches import Bools
 from sampling.plan import Columns, SamplingPlan, sample_rows
 from sampling.strata import I32, StratifyBy, occurrences
@@ -30,6 +30,9 @@ class SampledWindow:
     """None: all rows are learned."""
     plan: SamplingPlan | None
     """None where the settings leave every row in and name no strata."""
+    mean_weight: float | None = None
+    """Of the window's own rows, where rows stand behind them whose weights make up for their small gradients; None: that of
+    all."""
 
 
 def sample_window(
@@ -58,6 +61,16 @@ def without_rows(sampled: SampledWindow, rows: I64) -> SampledWindow:
     kept_R = np.ones(sampled.window.num_rows, bool) if sampled.kept_R is None else sampled.kept_R.copy()
     kept_R[rows] = False
     return replace(sampled, kept_R=kept_R)
+
+
+def with_rows_behind(sampled: SampledWindow, past: EncodedWindow) -> SampledWindow:
+    """Further rows behind the window's own, all to be learned; in a stratum of their own, where batches mirror strata."""
+    stratum_R, kept_R, num_past = sampled.stratum_R, sampled.kept_R, past.num_rows
+    if stratum_R is not None:
+        stratum_R = np.concatenate([stratum_R, np.full(num_past, stratum_R.max() + 1, np.int32)])
+    if kept_R is not None:
+        kept_R = np.concatenate([kept_R, np.ones(num_past, bool)])
+    return replace(sampled, window=joined(sampled.window, past), stratum_R=stratum_R, kept_R=kept_R)
 
 
 def columns_of(examples: Examples, window: EncodedWindow, spec: DatasetSpec, by: Collection[StratifyBy]) -> Columns:

@@ -43,7 +43,7 @@ def test_a_replayed_row_is_the_row_as_it_was_first_learned(spec: DatasetSpec, sm
     assert replay.held is not None
     assert replay.held.examples.num_rows == 60
     now = encode(small_examples(100, seed=9, hour=3), spec, memory, windows[0].moments, hour=3)
-    mixed = replay.mixed(now, spec, IdTables(spec), SAMPLING, seed=[0], hour=3)
+    mixed = with_replay(replay, _sampled(now), SAMPLING, spec, IdTables(spec), seed=[0], hour=3).window
     assert mixed.num_rows - 100 == round(100 / 3)
     own = {_key(window, row): window.minibatch(np.array([row])) for window in windows for row in range(100)}
     for row in range(100, mixed.num_rows):
@@ -65,7 +65,7 @@ def test_past_rows_have_their_share_of_the_weight(spec: DatasetSpec, small_examp
     replay, memory, windows = _hours(spec, small_examples, 3)
     examples = small_examples(120, seed=9, hour=3).with_weights(np.full(120, 5.0, np.float32))
     now = encode(examples, spec, memory, windows[0].moments, hour=3)
-    mixed = replay.mixed(now, spec, IdTables(spec), SAMPLING, seed=[0], hour=3)
+    mixed = with_replay(replay, _sampled(now), SAMPLING, spec, IdTables(spec), seed=[0], hour=3).window
     assert mixed.weights_R[120:].sum() / mixed.weights_R.sum() == pytest.approx(0.25, rel=1e-5)
     seen = np.concatenate([window.labels_R for window in windows]).mean()
     assert np.average(mixed.labels_R[120:], weights=mixed.weights_R[120:]) == pytest.approx(seen, rel=1e-5)
@@ -111,6 +111,6 @@ def test_with_an_age_power_older_rows_come_back_more_often(
     age = {_key(window, row): 4 - hour for hour, window in enumerate(windows) for row in range(100)}
     sampling, ages = SAMPLING.model_copy(update={"replay_age_power": power}), []
     for seed in range(400):
-        mixed = replay.mixed(now, spec, IdTables(spec), sampling, seed=[seed], hour=4)
+        mixed = with_replay(replay, _sampled(now), sampling, spec, IdTables(spec), seed=[seed], hour=4).window
         ages += [age[_key(mixed, row)] for row in range(3, mixed.num_rows)]
     assert np.mean(ages) == pytest.approx(expected, abs=0.2)
