@@ -48,7 +48,7 @@ test: lint  ## Run the checks and the tests.
 test-slow: lint  ## Run the checks and all tests, the slow ones too.
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=10
 
-faults: $(INSTALLED)  ## Kill, corrupt, fill the disk and fuzz, as docs/faults.md tells; about 15 minutes on two cores.
+faults: $(INSTALLED)  ## Kill, corrupt, fill the disk and fuzz, as docs/faults.md tells; half an hour or more on two cores.
 	@$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist loadfile --durations=10
 
 lint: $(INSTALLED)  ## Run ruff and mypy only.

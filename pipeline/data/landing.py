@@ -63,8 +63,8 @@ MAX_ROWS_PER_BYTE = 50
 """A Parquet file of over a million rows with more rows than this to the byte is a decompression bomb: every event has a
 key of its own, and distinct values cannot be packed that tightly."""
 
-MAX_CHUNK_BYTES = 1 << 30
-"""Uncompressed size of one column in one row group of a Parquet file."""
+MAX_GROUP_BYTES = 2 << 30
+"""Uncompressed size of one row group of a Parquet file."""
 
 UNREADABLE = (PermissionError, FileNotFoundError, ConnectionError, TimeoutError, InterruptedError)
 """What a file system raises when it is not the file's content that is at fault."""
@@ -406,12 +406,10 @@ def _refuse_bomb(metadata: Any, file: LandingFile, names: Sequence[str]) -> None
             f"at most {MAX_PARQUET_CELLS} values, and {MAX_ROWS_PER_BYTE} rows to a byte, are read. Split the file"
         )
     for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        sizes = [row_group.column(place).total_uncompressed_size for place in range(row_group.num_columns)]
-        if max(sizes, default=0) > MAX_CHUNK_BYTES:
-            raise BrokenFile(
-                f"row group {group} has a column of {max(sizes)} bytes, more than {MAX_CHUNK_BYTES}; write smaller row groups"
-            )
+        # Not column by column: to ask a column of a footer that is corrupt ends the process, no exception is raised.
+        size = metadata.row_group(group).total_byte_size
+        if size > MAX_GROUP_BYTES:
+            raise BrokenFile(f"row group {group} has {size} bytes, more than {MAX_GROUP_BYTES}; write smaller row groups")
 
 
 def _string_leaves(plain: pq.ParquetFile, names: Sequence[str]) -> list[str]:

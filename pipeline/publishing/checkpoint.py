@@ -326,6 +326,15 @@ def load_memory(model_dir: Path, manifest: Manifest) -> dict[str, npt.NDArray[An
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what safetensors raises of a full disk into the `OSError` that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}; free space, and run again") from error
+
+
+@contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns what a file raises that does not hold what it should into `CorruptCheckpoint`; nothing in it is executed."""
     try:
@@ -418,7 +427,8 @@ def _finish(
     parts = [_describe(staged, "dense", "dense.safetensors")]
     parts += [_describe(staged, "tables", _tables_file(rank, num_table_files)) for rank in range(num_table_files)]
     if memory:
-        save_arrays(dict(memory), staged / "memory.safetensors")
+        with writing(staged):
+            save_arrays(dict(memory), staged / "memory.safetensors")
         _sync_file(staged / "memory.safetensors")
         parts.append(_describe(staged, "memory", "memory.safetensors"))
     if pending:
@@ -436,7 +446,8 @@ def _tables_file(rank: int, count: int) -> str:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    with writing(path):
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
     _sync_file(path)
 
 

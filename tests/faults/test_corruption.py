@@ -80,6 +80,24 @@ def test_no_flipped_bit_of_the_click_log_is_learned(place: Any, made: Any, tell:
     assert seen["refused"] > FLIPS / 2
 
 
+def test_a_damaged_footer_is_refused_and_does_not_end_the_process(place: Any, made: Any, tell: Callable[[str], None]) -> None:
+    """Arrow answers some questions about a corrupt footer with `abort`."""
+    whole, rng, seen = made.as_parquet([made.event(number) for number in range(5)]), np.random.default_rng(1), Counter[str]()
+    size = int.from_bytes(whole[-8:-4], "little")
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for _ in range(int(rng.integers(1, 4))):
+            damaged[len(whole) - 8 - size + int(rng.integers(size))] = int(rng.integers(256))
+        place.arrive("a.parquet", bytes(damaged))
+        try:
+            _landed(place)
+            seen["read"] += 1
+        except BrokenFile:
+            seen["refused"] += 1
+    tell(f"{seen.total()} damaged footers: {dict(seen)}")
+    assert seen["refused"] > 500
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv.gz", ".jsonl.gz"])
 def test_a_file_that_was_cut_anywhere_enters_whole_or_not_at_all(place: Any, made: Any, suffix: str) -> None:
     whole = made.writers[suffix]([made.event(number) for number in range(300)])

@@ -66,7 +66,7 @@ def test_a_few_full_disks(machine: Any, tell: Callable[[str], None]) -> None:
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_any_write(machine: Any, tell: Callable[[str], None]) -> None:
-    _fill(machine, tell, 60)
+    _fill(machine, tell, 12)
 
 
 def test_a_state_folder_that_cannot_be_written_is_named_and_nothing_is_lost(machine: Any) -> None:

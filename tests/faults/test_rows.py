@@ -72,6 +72,14 @@ def test_text_that_is_not_utf_8_is_quarantined_with_its_row(place: Any, made: An
     assert (report.rows_accepted, report.reasons) == (2, {"item: is not valid UTF-8": 1})
 
 
+def test_a_row_of_another_width_that_is_not_utf_8_refuses_its_file(place: Any, made: Any) -> None:
+    """Arrow cannot hand such a row over."""
+    place.arrive("a.csv", made.as_csv([made.event(0), made.event(1, item="\udcff"), made.event(2)]).replace(b"\xff", b"\xff,,"))
+    report = place.ingest()
+    assert (report.files_broken, report.rows_accepted) == (1, 0)
+    assert place.quarantine.rows().to_pylist()[0]["reason"].startswith("the file cannot be read")
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(order=st.permutations(range(8)), ingests=st.lists(st.integers(1, 7), max_size=3))
 def test_any_order_of_arrival_gives_the_same_table(tmp_path: Path, made: Any, order: list[int], ingests: list[int]) -> None:
