@@ -31,15 +31,15 @@ def look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[count], "linestyle": STYLES[number % len(STYLES)], "marker": MARKERS[count], "ms": 6, "lw": 2.2}
 
 
-def canvas(panels: int = 1, *, height_inches: float = 4.3) -> tuple[Figure, list[Axes]]:
-    """A figure with `panels` side by side, tidied."""
+def canvas(panels: int = 1, *, panel_inches: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A figure with `panels` one below the other, tidied: side by side, their text would be too small on a phone."""
     figure = Figure(
-        figsize=(7.2 if panels == 1 else 4.9 * panels, height_inches),
+        figsize=(6.6, panel_inches * panels + (0.4 if panels == 1 else 0.0)),
         dpi=110,
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.05),
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12),
     )
     FigureCanvasAgg(figure)
-    every = list(figure.subplots(1, panels, squeeze=False).flat)
+    every = list(figure.subplots(panels, 1, squeeze=False).flat)
     for axes in every:
         tidy(axes)
     return figure, every
@@ -57,7 +57,7 @@ def log_counts(axes: Axes, which: str = "x") -> None:
     for letter in which:
         axis = axes.xaxis if letter == "x" else axes.yaxis
         (axes.set_xscale if letter == "x" else axes.set_yscale)("log")
-        axis.set_major_locator(LogLocator(numticks=7))
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
         axis.set_major_formatter(FuncFormatter(short_count))
         axis.set_minor_formatter(NullFormatter())
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from data_schemas.errors import ConfigError
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes, tick_sizes
 from pipeline.lab.problems import Clicks, Normalisation, batches, clicks, log_loss, loss_and_auc, new_learner, small_net
@@ -41,6 +42,8 @@ def run(
         rows: that each run learns.
         seed: of first weights and of the order of rows.
     """
+    if uneven := [size for size in micro_batch_sizes if batch_size % size]:
+        raise ConfigError(f"micro_batch_sizes must divide batch_size = {batch_size}, got {uneven[0]}; use {batch_size // 2}")
     data = clicks(4096)
     micro, pieces = micro_batch_sizes[0], batch_size // micro_batch_sizes[0]
     far = {

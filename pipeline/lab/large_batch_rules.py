@@ -96,7 +96,7 @@ def run(
     large = [rule.name for rule in RULES if rule.raised]
     differences = {name: paired_difference(held_out[name], held_out["reference"]) for name in large}
     adjusted = dict(zip(large, holm([differences[name].p_value for name in large]), strict=True))
-    figure, (axes,) = canvas(height_inches=5.0)
+    figure, (axes,) = canvas(panel_inches=4.4)
     for place, rule in enumerate(reversed(RULES)):
         found = estimates[rule.name]
         colour, marker = (ORANGE if rule.optimizer == "lars" else BLUE, "o") if rule.raised else (GREEN, "s")

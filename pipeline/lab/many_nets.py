@@ -35,6 +35,12 @@ class ManyNets:
             shift_K11=torch.zeros(len(seeds), 1, 1).requires_grad_(),
         )
 
+    @classmethod
+    def holding(cls, parameters: Sequence[torch.Tensor]) -> "ManyNets":
+        """With these weights, in the order of `parameters`."""
+        first, bias, last, shift = parameters
+        return cls(first_KPH=first, bias_K1H=bias, last_KH1=last, shift_K11=shift)
+
     @property
     def parameters(self) -> list[torch.Tensor]:
         """All of them; the networks are the first axis of each."""

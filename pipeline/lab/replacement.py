@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from data_schemas.errors import ConfigError
 from pipeline.lab.experiment import Cell, Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes
 from pipeline.lab.problems import LinearRegression
@@ -50,6 +51,9 @@ def run(
         passes: over the rows; at the smallest rate.
         seed: of rows and draws.
     """
+    if num_rows % batch_size:
+        rounded = max(num_rows // batch_size, 1) * batch_size
+        raise ConfigError(f"num_rows must be a multiple of batch_size = {batch_size}, got {num_rows}; use {rounded}")
     problem = LinearRegression.of(num_features, condition=4.0, noise=noise, seed=seed)
     features_RD, labels_R = problem.rows(num_rows, [seed, 2])
     floors = {
@@ -70,22 +74,22 @@ def run(
     }
     slopes = {drawing: log_slope(learning_rates, found) for drawing, found in floors.items()}
     doubled = doubled_losses(features_RD, labels_R, batch_size=batch_size, rate=learning_rates[-1] / 2, runs=runs, seed=seed)
-    figure, (left, right) = canvas(2)
+    figure, (upper, lower) = canvas(2)
     for number, drawing in enumerate(DRAWINGS):
-        left.plot(learning_rates, floors[drawing], **look(number), label=f"{drawing}")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.set_xticks(learning_rates, [f"{rate:g}" for rate in learning_rates])
-    left.minorticks_off()
-    name_axes(left, "Where runs come to rest", "learning rate", "squared distance from the best")
-    legend(left)
+        upper.plot(learning_rates, floors[drawing], **look(number), label=f"{drawing}")
+    upper.set_xscale("log")
+    upper.set_yscale("log")
+    upper.set_xticks(learning_rates, [f"{rate:g}" for rate in learning_rates])
+    upper.minorticks_off()
+    name_axes(upper, "Where runs come to rest", "learning rate", "squared distance from the best")
+    legend(upper)
     for number, (name, (once, twice)) in enumerate(doubled.items()):
         style = look(number)
-        right.plot(range(len(once)), once, color=style["color"], lw=2.4, marker=style["marker"], ms=6, label=name)
-        right.plot(range(len(twice)), twice, color=style["color"], lw=2, ls=":", marker=style["marker"], ms=6, mfc="white")
-    right.set_yscale("log")
-    name_axes(right, "Dotted: every row doubled", "passes over the rows", "loss above the best")
-    legend(right)
+        lower.plot(range(len(once)), once, color=style["color"], lw=2.4, marker=style["marker"], ms=6, label=name)
+        lower.plot(range(len(twice)), twice, color=style["color"], lw=2, ls=":", marker=style["marker"], ms=6, mfc="white")
+    lower.set_yscale("log")
+    name_axes(lower, "Dotted: every row doubled", "passes over the rows", "loss above the best")
+    legend(lower)
     speeds = {name: (once[1], twice[1], once[2]) for name, (once, twice) in doubled.items()}
     together = together_distance(features_RD, labels_R, batch_size=batch_size, rate=learning_rates[-1] / 2, seed=seed)
     by_drawing: list[tuple[Cell, ...]] = [

@@ -53,11 +53,11 @@ def run(
             losses[name].append(per_decay)
     best = {name: [decays[int(np.argmin(found))] for found in of] for name, of in losses.items()}
     gain = {name: [found[0] - min(found) for found in of] for name, of in losses.items()}
-    figure, (left, right) = canvas(2)
+    figure, (upper, lower) = canvas(2)
     for number, name in enumerate(losses):
-        left.plot(batch_sizes, best[name], **look(number), label=name)
-        right.plot(batch_sizes, [min(found) for found in losses[name]], **look(number), label=f"{name}, best decay")
-        right.plot(
+        upper.plot(batch_sizes, best[name], **look(number), label=name)
+        lower.plot(batch_sizes, [min(found) for found in losses[name]], **look(number), label=f"{name}, best decay")
+        lower.plot(
             batch_sizes,
             [found[0] for found in losses[name]],
             color=look(number)["color"],
@@ -65,16 +65,16 @@ def run(
             lw=1.6,
             label=f"{name}, smallest decay",
         )
-    for axes in (left, right):
+    for axes in (upper, lower):
         tick_sizes(axes, batch_sizes)
-    left.set_yscale("log")
-    left.set_yticks(decays, [f"{decay:g}" for decay in decays])
-    left.set_ylim(decays[0] * 0.7, decays[-1] * 1.4)
-    left.minorticks_off()
-    name_axes(left, "Best weight decay", "batch size (rows)", "weight decay")
-    name_axes(right, "What it is worth", "batch size (rows)", "held-out log loss (nats)")
-    legend(left)
-    legend(right, fontsize=9.5)
+    upper.set_yscale("log")
+    upper.set_yticks(decays, [f"{decay:g}" for decay in decays])
+    upper.set_ylim(decays[0] * 0.7, decays[-1] * 1.4)
+    upper.minorticks_off()
+    name_axes(upper, "Best weight decay", "batch size (rows)", "weight decay")
+    name_axes(lower, "What it is worth", "batch size (rows)", "held-out log loss (nats)")
+    legend(upper)
+    legend(lower, fontsize=9.5)
     return Finding(
         name="weight_decay",
         question="Does a large batch need more weight decay than a small one?",

@@ -1,0 +1,91 @@
+"""Every experiment, made small: it answers in figures that are there, draws a small file, and says the same again."""
+
+import math
+from typing import Any
+
+import pytest
+
+from pipeline.lab import catalogue
+from pipeline.lab.experiment import Finding, Run, parameters_of
+from pipeline.lab.figures import small_png
+
+MOST_BYTES = 60_000
+SMALL: dict[str, dict[str, Any]] = {
+    "gradient_descent": {"num_rows": 256, "sizes": (1, 32, 256), "rates": (0.1, 1.0), "passes": 1.0, "least_steps": 20},
+    "epochs": {"num_rows": (100, 33), "sizes": (1, 8, 64)},
+    "gradient_variance": {"num_rows": 512, "sizes": (4, 16, 64), "draws": 40},
+    "hardware": {"sizes": (8, 64), "rounds": 2, "matrix": 24, "block": 8},
+    "time_to_target": {
+        "num_rows": 512,
+        "sizes": (16, 64, 256),
+        "share": 0.3,
+        "rates": (0.3, 0.6, 1.2, 2.4),
+        "seeds": 4,
+        "most_rows": 6000,
+        "most_steps": 40,
+        "timed_steps": 10,
+    },
+    "best_rate": {"num_rows": 512, "sizes": (16, 64, 256), "steps": 15, "draws": 40, "seeds": 4},
+    "noise_scale": {"num_rows": 512, "subset_rows": 16, "subsets": 32, "after_steps": (0, 10)},
+    "data_efficiency": {
+        "num_rows": 512,
+        "sizes": (16, 64, 128, 256),
+        "share": 0.3,
+        "rates": (0.3, 0.6, 1.2, 2.4),
+        "seeds": 4,
+        "most_rows": 6000,
+        "most_steps": 40,
+    },
+    "sharpness": {"num_rows": 256, "sizes": (16, 128), "small_passes": 2, "most_steps": 60, "seeds": 2, "directions": 1},
+    "temperature": {"num_rows": 256, "sizes": (16, 64), "passes": 4, "seeds": 1},
+}
+"""Parameters that make an experiment take a moment."""
+TIMED = ("hardware", "time_to_target", "gradient_descent")
+"""Their figures hold seconds, which no second run repeats."""
+
+
+def name_of(run: Run) -> str:
+    return run.__module__.rpartition(".")[2]
+
+
+def small(run: Run) -> Finding:
+    return run(**SMALL[name_of(run)])
+
+
+@pytest.mark.parametrize("run", catalogue.EXPERIMENTS, ids=name_of)
+def test_it_answers_and_draws(run: Run) -> None:
+    finding = small(run)
+    assert finding.name == name_of(run)
+    assert finding.question.endswith("?")
+    assert finding.sentence.endswith(".")
+    assert finding.rows
+    assert finding.metrics
+    assert all(isinstance(value, float) for value in finding.metrics.values())
+    assert len(small_png(finding.figure)) < MOST_BYTES
+
+
+@pytest.mark.parametrize("run", [run for run in catalogue.EXPERIMENTS if name_of(run) not in TIMED], ids=name_of)
+def test_it_finds_the_same_again(run: Run) -> None:
+    first, again = small(run), small(run)
+    assert first.sentence == again.sentence
+    assert first.rows == again.rows
+    assert {name: str(value) for name, value in first.metrics.items()} == {n: str(v) for n, v in again.metrics.items()}
+
+
+@pytest.mark.parametrize("run", catalogue.EXPERIMENTS, ids=name_of)
+def test_its_parameters_have_defaults_and_are_explained(run: Run) -> None:
+    assert set(SMALL[name_of(run)]) <= set(parameters_of(run))
+    assert run.__doc__ is not None
+    assert all(f"        {name}: " in run.__doc__ for name in parameters_of(run))
+
+
+def test_the_sentence_about_variance_follows_the_result() -> None:
+    """With a slope that is not -1 it does not say yes."""
+    from pipeline.lab.gradient_variance import _finding
+
+    sizes = (4, 16, 64)
+    flat = {kind: [1.0, 0.9, 0.8] for kind in ("with", "without", "stratified")}
+    right = {kind: [4.0 / b for b in sizes] for kind in ("with", "without", "stratified")}
+    assert _finding(10**9, sizes, 10, 4.0, flat, 1.0).sentence.startswith("Not quite")
+    assert _finding(10**9, sizes, 10, 4.0, right, 1.0).sentence.startswith("Yes")
+    assert math.isclose(_finding(10**9, sizes, 10, 4.0, right, 1.0).metrics["slope_with"], -1.0)
