@@ -85,11 +85,7 @@ def planted(rate_times: Sequence[float], batch_sizes: Sequence[int]) -> tuple[Fa
     return (
         Fault(name="healthy", expected="healthy"),
         *(Fault(name=f"rate x {times:g}", expected="learning_rate_too_high", rate_times=times) for times in rate_times),
-        *(
-            Fault(name=f"batch {size}", expected="noise_limited", batch_size=size)
-            for size in batch_sizes
-            if size != HEALTHY_BATCH
-        ),
+        *(Fault(name=f"batch {size}", expected="noise_limited", batch_size=size) for size in batch_sizes),
         Fault(name="drift", expected="drift", drifts=True),
     )
 
