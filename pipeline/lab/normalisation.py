@@ -68,6 +68,8 @@ def run(
     for axes in (upper, lower):
         tick_sizes(axes, batch_sizes)
     lower.set_yscale("log")
+    lower.set_yticks(expected, [f"{value:.2g}" for value in expected])
+    lower.minorticks_off()
     name_axes(upper, "Layers by batch size", "batch size (rows)", "held-out AUC")
     name_axes(lower, "How wrong a batch's mean is", "batch size (rows)", "standard deviations of a row")
     legend(upper)
