@@ -17,7 +17,7 @@ from sampling.minibatches import BatchCursor
 def run(
     *,
     num_rows: tuple[int, ...] = (1_000, 4_097, 8_334, 10_000),
-    sizes: tuple[int, ...] = (1, 32, 64, 100, 256, 1024, 4096, 16384),
+    sizes: tuple[int, ...] = (1, 16, 64, 256, 1000, 4096, 16384),
     seed: int = 0,
 ) -> Finding:
     """How many iterations has an epoch, and how large is its last batch?

@@ -21,6 +21,8 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+MANY_TICKS = 3_000
+"""An axis that spans more has ticks at powers of ten only."""
 MOST_COLOURS = 48
 """Of a file: text and thin lines stay smooth."""
 
@@ -53,11 +55,12 @@ def name_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def log_counts(axes: Axes, which: str = "x") -> None:
-    """A logarithmic axis whose ticks are counts, such as 64 or 4k: `which` is "x", "y" or "xy"."""
+    """A logarithmic axis whose ticks are counts, such as 50 or 4k: `which` is "x", "y" or "xy". Call it after plotting."""
     for letter in which:
         axis = axes.xaxis if letter == "x" else axes.yaxis
         (axes.set_xscale if letter == "x" else axes.set_yscale)("log")
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < MANY_TICKS * low else (1.0,), numticks=12))
         axis.set_major_formatter(FuncFormatter(short_count))
         axis.set_minor_formatter(NullFormatter())
 
@@ -65,7 +68,7 @@ def log_counts(axes: Axes, which: str = "x") -> None:
 def tick_sizes(axes: Axes, sizes: Sequence[float], names: Sequence[str] | None = None) -> None:
     """A logarithmic x axis with a tick at each of `sizes`, the batch sizes that were run."""
     axes.set_xscale("log")
-    axes.set_xticks(list(sizes), list(names or [short_count(size) for size in sizes]))
+    axes.set_xticks(list(sizes), list(names or [f"{size:,g}" for size in sizes]))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
 

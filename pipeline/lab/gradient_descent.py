@@ -31,10 +31,10 @@ LAST_POINTS = 8
 
 def run(
     *,
-    num_rows: int = 4096,
-    sizes: tuple[int, ...] = (1, 32, 64, 256, 4096),
+    num_rows: int = 8192,
+    sizes: tuple[int, ...] = (1, 32, 64, 256, 4096, 8192),
     rates: tuple[float, ...] = (0.01, 0.04, 0.16, 0.64, 2.56, 10.24),
-    passes: float = 4.0,
+    passes: float = 2.0,
     least_steps: int = 100,
     hidden: int = 32,
     seed: int = 0,

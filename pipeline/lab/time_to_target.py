@@ -142,9 +142,8 @@ def _finding(
             f"To a log loss of {target:.4f}, K(b) = {curve.least_steps:.1f} + {curve.least_rows:,.0f}/b steps of "
             f"{1e6 * line.fixed_seconds:.0f} + {1e6 * line.row_seconds:.2f} b microseconds put the best batch at {optimum:.0f} "
             f"rows; the fastest that was run has {best:,}, {'within' if within else 'not within'} a factor of two. "
-            f"C/N_iter = {curve.critical_batch:,.0f} rows. The gradients' own noise scale on the way is {noise[0]:,.0f}, "
-            f"{_times(noise[0] / curve.critical_batch)}; weighted by the Hessian it is {noise[1]:,.0f}, "
-            f"{_times(noise[1] / curve.critical_batch)}."
+            f"C/N_iter = {curve.critical_batch:,.0f} rows; the gradients' own noise scale on the way is {noise[0]:,.0f}, and "
+            f"weighted by the Hessian {noise[1]:,.0f}: {_alike(curve.critical_batch, noise)}."
         ),
         columns=("batch size", "steps K", "N_iter + C/b", "us a step", "f + d b (us)", "ms to target", "predicted (ms)"),
         rows=tuple(
@@ -173,13 +172,15 @@ def _finding(
     )
 
 
-def _times(ratio: float) -> str:
+def _alike(critical_batch: float, noise: tuple[float, float]) -> str:
     """In words.
 
-    >>> _times(1.1), _times(3.0)
-    ('1.1 times that', '3.0 times that and so not the same number')
+    >>> _alike(100.0, (150.0, 700.0)), _alike(100.0, (300.0, 700.0))
+    ('the first is the same number within a factor of two', 'neither is the same number within a factor of two')
     """
-    return f"{ratio:.1f} times that" + ("" if 0.5 <= ratio <= 2 else " and so not the same number")
+    near = [0.5 <= each / critical_batch <= 2 for each in noise]
+    which = "both are" if all(near) else "the first is" if near[0] else "the second is" if near[1] else "neither is"
+    return f"{which} the same number within a factor of two"
 
 
 if __name__ == "__main__":
