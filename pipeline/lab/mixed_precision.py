@@ -76,7 +76,7 @@ def run(
         {"fp16": lost[1.0], f"fp16, loss x {LOSS_SCALE:g}": lost[LOSS_SCALE], "bf16": lost_bf16}.items()
     ):
         upper.plot(batch_sizes, [100 * value for value in share], **look(number), label=name)
-    tick_sizes(upper, batch_sizes, [str(size) for size in batch_sizes])
+    tick_sizes(upper, batch_sizes)
     name_axes(upper, "Gradients that round to zero", "batch size (rows)", "% of those that are not zero")
     legend(upper)
     names = [arm.name for arm in ARMS]
