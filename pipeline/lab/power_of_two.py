@@ -118,7 +118,7 @@ def sentence(own: F64, other: F64) -> str:
     error = float(np.sqrt(own.var(ddof=1) / len(own) + other.var(ddof=1) / len(other)))
     figures = f"{abs(difference):.1%} {'less' if difference < 0 else 'more'} time than the others on the line that all share"
     if abs(difference) <= 2 * error:
-        return f"Powers of two take {figures}, within two standard errors ({error:.1%}): here they are not faster."
+        return f"Powers of two take {figures}, less than two standard errors (of {error:.1%}): no difference was found."
     verdict = "faster" if difference < 0 else "slower"
     return f"Powers of two take {figures} (standard error {error:.1%}): here they are {verdict}."
 
