@@ -41,6 +41,8 @@ FUTURE_TOLERANCE = timedelta(minutes=60)
 MICROSECONDS_PER_HOUR = 3_600_000_000
 _LAST_MICROSECOND = 253_402_300_799_999_999  # 9999-12-31T23:59:59.999999Z
 _RAW_BYTES = 4096
+_REJECTED_AT_ONCE = 64
+"""Rows made into Python objects at a time: a text of a megabyte, which a dictionary holds once, is then one in each row."""
 _CLICK = 0x636C69636B
 _NULL_NUMBERS = ("", "nan")
 
@@ -327,15 +329,16 @@ def _coerce_categorical(columns: _Columns, feature: Categorical) -> _Coerced:
     return _coerce_integers(columns.texts(feature.source), feature.source)
 
 
-def _coerce_strings(texts: _Texts, column: str, max_bytes: int = MAX_ID_BYTES) -> _Coerced:
-    long_D = pc.greater(pc.binary_length(texts.distinct), max_bytes).to_numpy(zero_copy_only=False)
+def _coerce_strings(texts: _Texts, column: str) -> _Coerced:
+    long_D = pc.greater(pc.binary_length(texts.distinct), MAX_ID_BYTES).to_numpy(zero_copy_only=False)
     problem_D = np.where(texts.invalid_D, 1, np.where(long_D, 2, 0)).astype(np.uint8)
-    values_D = pc.if_else(pc.equal(texts.distinct, ""), pa.scalar(None, pa.string()), texts.distinct)
+    fitting_D = pc.if_else(pa.array(problem_D > 0), "", texts.distinct)  # a long text is let go, not copied to each row
+    values_D = pc.if_else(pc.equal(fitting_D, ""), pa.scalar(None, pa.string()), fitting_D)
     return _Coerced(
         column=column,
         values=texts.spread(values_D),
         problem_R=texts.spread_codes(problem_D),
-        problems=(_NOT_UTF8, f"is longer than {max_bytes} bytes"),
+        problems=(_NOT_UTF8, f"is longer than {MAX_ID_BYTES} bytes"),
         hashes_R=np.append(hash_ids(values_D), MISSING)[texts.index_R],
     )
 
@@ -671,8 +674,20 @@ def _raw_key(columns: _Columns, name: str) -> _Coerced:
     native = columns.native(name)
     if _is_list(native.type) or pa.types.is_struct(native.type) or pa.types.is_map(native.type):
         native = pa.array([None if v is None else orjson.dumps(v, default=str) for v in native.to_pylist()], pa.binary())
-        return _coerce_strings(_encode_texts(native, name), name, max_bytes=2**31 - 1)
-    return _coerce_strings(columns.texts(name), name, max_bytes=2**31 - 1)
+        return _hash_texts(_encode_texts(native, name), name)
+    return _hash_texts(columns.texts(name), name)
+
+
+def _hash_texts(texts: _Texts, column: str) -> _Coerced:
+    """Texts of any length, of which the hash alone is asked for."""
+    values_D = pc.if_else(pc.equal(texts.distinct, ""), pa.scalar(None, pa.string()), texts.distinct)
+    return _Coerced(
+        column=column,
+        values=pa.nulls(len(texts.index_R)),
+        problem_R=texts.spread_codes(texts.invalid_D.astype(np.uint8)),
+        problems=(_NOT_UTF8,),
+        hashes_R=np.append(hash_ids(values_D), MISSING)[texts.index_R],
+    )
 
 
 def _no_problem(values: pa.Array) -> Codes:
@@ -689,9 +704,12 @@ def _rejected(raw: pa.Table, checked: Sequence[_Coerced], good_R: npt.NDArray[np
     places = np.flatnonzero(~good_R)
     if not len(places):
         return ()
-    records = raw.take(pa.array(places)).to_pylist()
-    found = zip(records, [int(place) for place in places], strict=True)
-    return tuple(_reject(record, checked, place, int(rows[place])) for record, place in found)
+    found: list[RejectedRow] = []
+    for start in range(0, len(places), _REJECTED_AT_ONCE):
+        some = places[start : start + _REJECTED_AT_ONCE]
+        records = raw.take(pa.array(some)).to_pylist()
+        found += [_reject(record, checked, int(place), int(rows[place])) for record, place in zip(records, some, strict=True)]
+    return tuple(found)
 
 
 def _reject(record: Mapping[str, Any], checked: Sequence[_Coerced], place: int, row: int) -> RejectedRow:
@@ -703,9 +721,10 @@ def _reject(record: Mapping[str, Any], checked: Sequence[_Coerced], place: int, 
 
 
 def _printable(value: object) -> object:
+    """As JSON can have it, texts no longer than a raw row is kept."""
     match value:
         case bytes():
-            return value.decode(errors="backslashreplace")
+            return value[:_RAW_BYTES].decode(errors="backslashreplace")
         case list():
             return [_printable(inner) for inner in value]
         case dict():
@@ -713,7 +732,7 @@ def _printable(value: object) -> object:
         case int() if not -(2**63) <= value < 2**64:
             return str(value)
         case str():
-            return value.encode(errors="backslashreplace").decode()
+            return value[:_RAW_BYTES].encode(errors="backslashreplace").decode()
         case _:
             return value
 

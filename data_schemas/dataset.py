@@ -6,6 +6,7 @@ Leaves: a frozen `DatasetSpec`; or a `SpecError` that names the field, its value
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,15 @@ class Clicks(_Declared):
     files: str = ""
     """Pattern of files that hold clicks only, compared from the right: `clicks-*` for names, `clicks/*` for those of a folder.
     They need the time and the columns of the event key, under the same names."""
+
+    @field_validator("files")
+    @classmethod
+    def _stays_in_the_landing_folder(cls, files: str) -> str:
+        if escapes(files):
+            raise ValueError(
+                f"{files!r} leaves the landing folder; write a pattern of names in it, such as 'clicks-*' or 'clicks/*'"
+            )
+        return files
 
     @model_validator(mode="after")
     def _can_be_told(self) -> Self:
@@ -410,6 +420,17 @@ class DatasetSpec(_Declared):
         memory = self.model_dump(include={"crosses", "cross_capacity", "counters", "ages", "age_capacity", "history"})
         text = json.dumps([features, self.user, self.item, self.has_labels, memory], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def escapes(path: str) -> bool:
+    r"""True where `path`, taken from a folder, may lie outside of it: absolute, with `..`, another drive or another system.
+
+    >>> [escapes(path) for path in ("clicks/2026", "/etc", "a/../../b", "s3://bucket", "C:x", "a\0b")]
+    [False, True, True, True, True, True]
+    """
+    parts = path.replace("\\", "/").split("/")
+    elsewhere = parts[0] == "" or parts[0].startswith("~") or "://" in path or re.match(r"[A-Za-z]:", path)
+    return path != "" and (".." in parts or bool(elsewhere) or "\0" in path)
 
 
 def load_spec(name_or_path: str | Path) -> DatasetSpec:

@@ -21,6 +21,9 @@ A message says what was wrong, the value, and the way out.
 class TidemarkError(Exception):
     """Base of all errors that a user can act on."""
 
+    exit_code = 1
+    """Of a command that ends with it."""
+
 
 class SpecError(TidemarkError, ValueError):
     """A data set declaration is wrong."""
@@ -68,3 +71,6 @@ class TrackingUnavailable(TidemarkError):
 
 class UpdateInProgress(TidemarkError):
     """Another process holds the lock of this state folder."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later."""

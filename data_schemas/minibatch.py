@@ -28,9 +28,9 @@ class MiniBatch:
     logit_shifts_B: torch.Tensor | None = None
     """`[B] float32`, added to the logits while learning and never when predicting: what drawn rows owe to how they were
     drawn. None: nothing."""
-    log_unseen_B2: torch.Tensor | None = None
-    """`[B, 2] float32`: logarithms of the shares of a row's clicks that were not known when it was last learned, and are not
-    known now; as `models/loss.py` takes them. None: every click is known."""
+    looks_B3: torch.Tensor | None = None
+    """`[B, 3] float32`: logarithms of the shares of a row's clicks that were not known when it was last learned, and are not
+    known now, and what is given back to its logit; as `models/loss.py` takes them. None: every click is known."""
 
     @property
     def num_rows(self) -> int:
@@ -47,5 +47,5 @@ class MiniBatch:
             labels_B=self.labels_B.to(device, non_blocking=True),
             weights_B=self.weights_B.to(device, non_blocking=True),
             logit_shifts_B=None if self.logit_shifts_B is None else self.logit_shifts_B.to(device, non_blocking=True),
-            log_unseen_B2=None if self.log_unseen_B2 is None else self.log_unseen_B2.to(device, non_blocking=True),
+            looks_B3=None if self.looks_B3 is None else self.looks_B3.to(device, non_blocking=True),
         )

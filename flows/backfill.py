@@ -39,6 +39,7 @@ def backfill(
     state_dir: str | None = None,
     budget_seconds: float | None = None,
     register_model: Annotated[Register, Parameter(name="--register")] = "last",
+    wait: float | None = None,
     overrides: list[str] | None = None,
 ) -> None:
     """Ingest what is new in the landing folder, then learn the hours from START to END in order; resumable.
@@ -52,12 +53,13 @@ def backfill(
         state_dir: Folder of everything that is kept: click log, quarantine, checkpoints, MLflow database.
         budget_seconds: Time for one update, from start to published model.
         register_model: Which updates put their model into the registry.
+        wait: Seconds to wait where another process has the model; without it, the command ends with exit code 75 at once.
         overrides: Any other setting, such as training.batch_size=1024; may be given several times.
     """
     first, stop = parse_hour(start), parse_hour(end)
     if first >= stop:
         raise ConfigError(f"END must be after START, got {start} and {end}")
-    settings = _settings(config, overrides, dataset, landing, state_dir, budget_seconds)
+    settings = _settings(config, overrides, dataset, landing, state_dir, budget_seconds, wait)
     ingest_new(settings)
     now = stop + timedelta(minutes=settings.window.label_delay_minutes)
     refuse_earlier_hours(settings, first, now)
@@ -106,6 +108,7 @@ def _settings(
     landing: str | None,
     state_dir: str | None,
     budget_seconds: float | None,
+    wait: float | None,
 ) -> UpdateConfig:
     return settings_for(
         config,
@@ -114,6 +117,7 @@ def _settings(
         landing=landing,
         state_dir=state_dir,
         budget__seconds=budget_seconds,
+        lock_wait_seconds=wait,
         evaluation__frozen_after_updates=FIRST_HOURS,
     )
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
 from data_schemas.dataset import load_spec
+from flows.alerts import failures_told, tell_of
 from flows.artifacts import publish_report
 from flows.stages import run_as_task
 from flows.terminal import Advance, progress, tell
@@ -60,8 +61,9 @@ def catch_up(
     Raises:
         TidemarkError: what went wrong and the way out; every update before it stays published.
     """
-    ingest_new(config, tell=tell)
-    return learn_waiting(config, until=until, register=register, tell=tell)
+    with failures_told(config, tell):
+        ingest_new(config, tell=tell)
+        return learn_waiting(config, until=until, register=register, tell=tell)
 
 
 def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
@@ -102,6 +104,7 @@ def learn_waiting(
             run_as_task("report", lambda report=report: publish_report(report, config))  # type: ignore[misc]
             for line in (verdict(report), *(f"  {note}" for note in report.notes)):
                 tell(line)
+            tell_of(report, config, tell)
     tell(_summary(config, reports))
     return reports
 

@@ -29,6 +29,7 @@ from pipeline.comparison.stream import RecordedWindow, recorded_stream
 from pipeline.comparison.summary import Comparison, compare
 from pipeline.config import UpdateConfig
 from pipeline.data.synthetic import SyntheticConfig, write_landing
+from pipeline.passwords import without_passwords
 from pipeline.publishing.comparison import ComparisonRuns
 from pipeline.publishing.comparison_plots import comparison_plots
 from pipeline.publishing.comparison_report import as_markdown, as_terminal_table, in_words
@@ -187,7 +188,7 @@ def _show(settings: UpdateConfig, comparison: Comparison) -> None:
     console.print(as_terminal_table(comparison))
     tell(in_words(comparison))
     if settings.tracking.enabled:
-        tell(f"Every run, table and plot: experiment {settings.experiment!r} in {settings.tracking_uri}")
+        tell(f"Every run, table and plot: experiment {settings.experiment!r} in {without_passwords(settings.tracking_uri)}")
 
 
 if __name__ == "__main__":

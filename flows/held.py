@@ -25,6 +25,7 @@ def held(
     model_name: str | None = None,
     release: str | None = None,
     discard: str | None = None,
+    wait: float | None = None,
     overrides: list[str] | None = None,
 ) -> None:
     """List the windows that are held aside, or decide on one of them.
@@ -35,16 +36,17 @@ def held(
         model_name: Which model in it.
         release: Window that the next update learns after all, by the name that the list gives it.
         discard: Window that is never learned.
+        wait: Seconds to wait where another process has the model; without it, the command ends with exit code 75 at once.
         overrides: Any other setting, such as model_name=nightly; may be given several times.
     """
     if release and discard:
         raise ConfigError(f"release {release!r} and discard {discard!r} are two decisions; give one at a time")
-    settings = settings_for(config, overrides, state_dir=state_dir, model_name=model_name)
+    settings = settings_for(config, overrides, state_dir=state_dir, model_name=model_name, lock_wait_seconds=wait)
     if not settings.model_dir.is_dir():
         raise ConfigError(f"there is no model in {settings.model_dir}; name another state_dir or model_name")
     console = Console(soft_wrap=True, highlight=False)
     if name := release or discard:
-        with alone(settings.model_dir):
+        with alone(settings.model_dir, "release or discard a window", wait_seconds=settings.lock_wait_seconds):
             decided = decide(settings.model_dir, name, "released" if release else "discarded")
         what = "the next update learns it" if release else "it is never learned"
         console.print(f"{decided.id} was held and is {decided.status}: {decided.num_rows:,} rows, {what}", markup=False)

@@ -28,6 +28,7 @@ def nightly_update(
     landing: str | None = None,
     state_dir: str | None = None,
     budget_seconds: float | None = None,
+    wait: float | None = None,
     overrides: list[str] | None = None,
     quiet: bool = False,
 ) -> None:
@@ -39,6 +40,7 @@ def nightly_update(
         landing: Folder or fsspec address in which click logs arrive.
         state_dir: Folder of everything that is kept: click log, quarantine, checkpoints, MLflow database.
         budget_seconds: Time for one update, from start to published model.
+        wait: Seconds to wait where another process has the model; without it, the command ends with exit code 75 at once.
         overrides: Any other setting, such as training.batch_size=1024; may be given several times.
         quiet: Print nothing but errors.
     """
@@ -50,6 +52,7 @@ def nightly_update(
         landing=landing,
         state_dir=state_dir,
         budget__seconds=budget_seconds,
+        lock_wait_seconds=wait,
     )
     catch_up(settings, tell=(lambda line: None) if quiet else tell)
 

@@ -21,6 +21,7 @@ def rollback(
     state_dir: str | None = None,
     model_name: str | None = None,
     version: int | None = None,
+    wait: float | None = None,
     overrides: list[str] | None = None,
 ) -> None:
     """Make a kept version current again; the next update learns again what came after it.
@@ -30,9 +31,12 @@ def rollback(
         state_dir: Folder of everything that is kept.
         model_name: Which model in it.
         version: Version to go back to; by default the one before the current.
+        wait: Seconds to wait where another process has the model; without it, the command ends with exit code 75 at once.
         overrides: Any other setting, such as tracking.enabled=false; may be given several times.
     """
-    done = roll_back(settings_for(config, overrides, state_dir=state_dir, model_name=model_name), version)
+    done = roll_back(
+        settings_for(config, overrides, state_dir=state_dir, model_name=model_name, lock_wait_seconds=wait), version
+    )
     console = Console(soft_wrap=True, highlight=False)
     until = f"{done.learned_until:%Y-%m-%d %H:%M} UTC"
     console.print(

@@ -1,6 +1,7 @@
 """What a person sees of a flow: its parameters on the command line, plain lines, one line for an error, an exit code.
 
-Enters: a flow and the words of the command line. Leaves: 0, or 1 after one line that says what was wrong.
+Enters: a flow and the words of the command line. Leaves: 0; or, after one line that says what was wrong, 1, or 75 where another
+process is at work.
 """
 
 import logging
@@ -22,7 +23,8 @@ def run_flow(flow: Flow[..., Any], words: Sequence[str] | None = None, *, progra
     """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
 
     Returns:
-        The exit code: 0, or 1 for an error that a user can act on. Any other exception passes through.
+        The exit code: 0, or that of an error that a user can act on: 1, or 75 where another process holds the model. Any
+        other exception passes through.
     """
     return run_command(flow, flow.fn, words, name=program or flow.name)
 
@@ -46,7 +48,7 @@ def run_command(
         command(*bound.args, **bound.kwargs)
     except (TidemarkError, cyclopts.CycloptsError) as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {_line(error, app)}", markup=False)
-        return 1
+        return error.exit_code if isinstance(error, TidemarkError) else 1
     return 0
 
 

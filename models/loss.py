@@ -11,6 +11,10 @@ clicked, if ever (Chapelle 2014, "Modeling Delayed Feedback in Display Advertisi
 delays), and each of them is smallest in the mean where p is right: a model can learn today's looks at the hours before, without
 knowing what later looks will say. With F_a = 0 and F_b = 1 it is the log loss.
 
+After its first look a model knows the row, and predicts for a row that was not clicked less than for others like it: what its
+next looks say would be weighed by a p that is too low, and the model would learn too many clicks. So what the first look moved
+the row's own logit by is given back to it at later ones.
+
 Letters: B rows of the batch.
 """
 
@@ -19,19 +23,21 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 
 def weighted_log_loss_sum(
-    logits_B: torch.Tensor, labels_B: torch.Tensor, weights_B: torch.Tensor, log_unseen_B2: torch.Tensor | None = None
+    logits_B: torch.Tensor, labels_B: torch.Tensor, weights_B: torch.Tensor, looks_B3: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The sum over rows of weight times log loss, in fp32; rows of weight 0 count nothing.
 
     Divide it by a constant of the window, never by the batch's own weight: a ratio of two sums is a biased estimate.
 
     Args:
-        log_unseen_B2: `[B, 2]` log(1 - F_a) and log(1 - F_b); None: all clicks are known at the only look.
+        looks_B3: log(1 - F_a), log(1 - F_b), and what is given back to the logit; None: all clicks are known at the only look.
     """
-    logits_B = logits_B.float()
-    losses_B = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="none")
-    if log_unseen_B2 is not None:
-        certain_B = softplus(logits_B)
-        log_at_last_B, log_now_B = log_unseen_B2.unbind(1)
-        losses_B = losses_B - (1 - labels_B) * softplus(logits_B + log_now_B) + softplus(logits_B + log_at_last_B) - certain_B
+    if looks_B3 is None:
+        losses_B = binary_cross_entropy_with_logits(logits_B.float(), labels_B, reduction="none")
+        return (losses_B * weights_B).sum()
+    at_last_B, now_B, given_back_B = looks_B3.unbind(1)
+    logits_B = logits_B.float() + given_back_B
+    certain_B = softplus(logits_B)
+    clicked_B, unclicked_B = softplus(-logits_B), certain_B - softplus(logits_B + now_B)
+    losses_B = torch.where(labels_B > 0, clicked_B, unclicked_B) + softplus(logits_B + at_last_B) - certain_B
     return (losses_B * weights_B).sum()

@@ -7,12 +7,13 @@ Leaves: an `UpdateConfig`, checked; or a `ConfigError` that names the setting.
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -22,9 +23,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from data_schemas.dataset import load_spec
+from data_schemas.dataset import escapes, load_spec
 from data_schemas.errors import ConfigError
 from pipeline.evaluation.gate import Limits
+from pipeline.passwords import has_password, without_passwords
 from sampling.plan import Rules
 from sampling.strata import Allocation, StratifyBy
 from sampling.thinning import Correction, Method
@@ -33,7 +35,12 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
 BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
 RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
+AlertEvent = Literal["held", "rejected", "suspicious", "failed", "alarm"]
+"""How an update ended; `alarm`: it was published, and something was out of line."""
 RateDecay = Literal["constant", "step", "cosine"]
+
+
+T = TypeVar("T")
 
 
 class _Part(BaseModel):
@@ -336,7 +343,8 @@ class GateConfig(_Part):
     holdout_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Share of a window's users whose rows are not learned in it but judged on; they are learned with the next window."""
     false_rejections: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """Chance that a model as good as the one that serves is rejected."""
+    """Chance that a model as good as the one that serves is rejected: half of it is spent on the first window's held-out rows,
+    half of the rest each time that those of a further one are added."""
     auc_margin: Annotated[float, Field(gt=0)] = 0.02
     """The AUC difference must be known to so much, as half of a 95 % interval; else the model does not serve yet, and the next
     window's held-out rows are added."""
@@ -354,12 +362,14 @@ class GateConfig(_Part):
     """Earlier gains that must be known for that."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of steps whose loss was not finite, at most."""
+    max_rows: Annotated[int, Field(ge=1000)] = 50_000
+    """Held-out rows that models are compared on, about; of more, those of some users are taken."""
     bootstrap_samples: Annotated[int, Field(ge=50)] = 500
     """Samples of users that the intervals come from."""
 
     def limits(self) -> Limits:
         """As the gate takes them."""
-        own = self.model_dump(exclude={"action", "holdout_share", "min_copc", "max_copc"})
+        own = self.model_dump(exclude={"action", "holdout_share", "max_rows", "min_copc", "max_copc"})
         return Limits(**own, copc_bounds=(self.min_copc, self.max_copc))
 
 
@@ -369,13 +379,57 @@ class TrackingConfig(_Part):
     enabled: bool = True
     """Off: nothing is sent to MLflow."""
     uri: str = ""
-    """Any MLflow tracking URI; empty: a sqlite file in the state folder."""
+    """Any MLflow tracking URI; empty: a sqlite file in the state folder. A server's password belongs into
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; that of a database may stand here, if this comes from the
+    environment."""
     experiment: str = ""
     """Empty: `tidemark-` and the name of the data set, or of its file without `.toml`."""
     register_model: bool = True
     """Log the model and give it the alias `champion`."""
     keep_models: Annotated[int, Field(ge=1)] = 3
     """Registered versions whose files are kept."""
+
+    @field_validator("uri")
+    @classmethod
+    def _names_nobody_to_a_server(cls, uri: str) -> str:
+        if uri.startswith(("http://", "https://")) and without_passwords(uri) != uri:
+            raise ValueError(
+                "holds a name or a password, which error messages would repeat; leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+            )
+        return uri
+
+
+class AlertsConfig(_Part):
+    """Where a person is told that an update did not simply publish its model."""
+
+    webhook_url: SecretStr = SecretStr("")
+    """Address that a small JSON is posted to. A secret: it is read from the environment and from nowhere else, and is in no
+    log, report or run. https, or http on this machine; empty for none."""
+    events: tuple[AlertEvent, ...] = ("held", "rejected", "suspicious", "failed", "alarm")
+    """What is posted. A model of few rows is often `held` for some windows, until the proof is large enough; leave that out
+    then."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """An alert that was not delivered in this time is given up, counted and logged; the update is over by then."""
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _is_safe(cls, webhook_url: SecretStr) -> SecretStr:
+        address = webhook_url.get_secret_value()
+        try:
+            parts = urlsplit(address)
+            scheme, host, _ = parts.scheme, parts.hostname, parts.port
+        except ValueError:
+            scheme, host = "", None
+        printable = address.isascii() and address.isprintable() and " " not in address
+        if address and not (printable and host and (scheme == "https" or (scheme == "http" and host in LOOPBACK))):
+            raise ValueError("must be an address that begins with https://, or with http:// and is one of this machine's own")
+        return webhook_url
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+ONLY_FROM_ENVIRONMENT = (("alerts", "webhook_url"),)
+"""Secrets: a file may be shared, and a command line is shown to everybody on the machine."""
 
 
 class MaintenanceConfig(_Part):
@@ -404,7 +458,12 @@ class UpdateConfig(BaseSettings):
     """One update: rows in, a deadline, a fresh model out."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TIDEMARK_", env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
+        env_prefix="TIDEMARK_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        hide_input_in_errors=True,
     )
 
     dataset: str = "synthetic"
@@ -415,6 +474,9 @@ class UpdateConfig(BaseSettings):
     """Folder of everything that tidemark keeps: click log, quarantine, checkpoints, MLflow database."""
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "hourly"
     """Each model has its own state and its own cursor on the one click log."""
+    lock_wait_seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """How long a command waits where another process has the model, before it gives up with exit code 75; not part of the
+    budget."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 5
     """The newest that stay on disk; a corrupt one is replaced by the one before."""
     window: WindowConfig = WindowConfig()
@@ -426,7 +488,25 @@ class UpdateConfig(BaseSettings):
     alarms: AlarmsConfig = AlarmsConfig()
     gate: GateConfig = GateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    alerts: AlertsConfig = AlertsConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
+
+    @field_validator("dataset", "landing", "state_dir")
+    @classmethod
+    def _is_a_path(cls, path: T) -> T:
+        if "\0" in str(path):
+            raise ValueError("a path cannot hold a NUL character; take it out")
+        return path
+
+    @field_validator("landing")
+    @classmethod
+    def _names_no_password(cls, landing: str) -> str:
+        if has_password(landing):
+            raise ValueError(
+                "holds a password, and file names are stored with rejected rows; leave it out, and give it to fsspec in a "
+                "variable of its own, such as FSSPEC_FTP_PASSWORD"
+            )
+        return landing
 
     @model_validator(mode="after")
     def _reference_fits(self) -> Self:
@@ -478,6 +558,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     given, from_file = _nest(overrides), _read_toml(Path(path)) if path else {}
     try:
         of_dataset = load_spec(_chosen_dataset(given, from_file)).settings
+        _refuse_secrets({"the command line": given, "the settings file": from_file, "the data set's [settings]": of_dataset})
+        _refuse_escapes(of_dataset)
         return _layered(given, from_file, of_dataset)()
     except SettingsError as error:
         raise ConfigError(
@@ -496,8 +578,10 @@ def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:
     Raises:
         ConfigError: an unknown setting, a value out of range, or settings that contradict each other.
     """
+    given = _nest(overrides)
+    _refuse_secrets({"an override": given})
     try:
-        return UpdateConfig(**_merged(config.model_dump(), _nest(overrides)))
+        return UpdateConfig(**_merged(config.model_dump(), given))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
 
@@ -515,6 +599,40 @@ def _refuse_unknown_variables() -> None:
     for name in os.environ:
         if name.lower().startswith("tidemark_") and name.lower().split("__")[0] not in known:
             raise ConfigError(f"the environment variable {name} names no setting; known are {', '.join(sorted(known)).upper()}")
+
+
+def _refuse_secrets(places: Mapping[str, Mapping[str, Any]]) -> None:
+    for place, layer in places.items():
+        for part, name in ONLY_FROM_ENVIRONMENT:
+            if part in layer and (not isinstance(layer[part], dict) or name in layer[part]):
+                raise ConfigError(
+                    f"{part}.{name} is a secret and is read from the environment only; take it out of {place} and set "
+                    f"TIDEMARK_{part.upper()}__{name.upper()}"
+                )
+        tracking = layer.get("tracking")
+        if isinstance(tracking, dict) and has_password(str(tracking.get("uri", ""))):
+            raise ConfigError(
+                f"tracking.uri holds a password, and secrets are read from the environment only; take it out of {place} and "
+                "set TIDEMARK_TRACKING__URI"
+            )
+
+
+def _refuse_escapes(of_dataset: Mapping[str, Any]) -> None:
+    """A declaration comes with the data, maybe from others: it may not choose where this machine reads and writes."""
+    for name in ("landing", "state_dir"):
+        value = of_dataset.get(name)
+        if value is not None and (not isinstance(value, str) or escapes(value)):
+            raise ConfigError(
+                f"{name}: {value!r} in the data set's [settings] leaves the working folder; write a path below it, or give "
+                f"{name} in a settings file, the environment or on the command line"
+            )
+    tracking = of_dataset.get("tracking", {})
+    for name, given in (("dataset", of_dataset), ("tracking.uri", tracking if isinstance(tracking, dict) else {})):
+        if name.split(".")[-1] in given:
+            raise ConfigError(
+                f"{name}: no setting of a data set's [settings]; give it in a settings file, the environment or on the "
+                "command line"
+            )
 
 
 def _chosen_dataset(given: dict[str, Any], from_file: dict[str, Any]) -> str:
@@ -585,5 +703,7 @@ def _explain(problem: Any) -> str:
             return f"{name}: unknown setting"
         case "value_error":
             return f"{name}: {problem['ctx']['error']}"
+        case _ if problem["loc"][:1] == ("alerts",):
+            return f"{name}: {problem['msg']}"  # what was given may be a secret
         case _:
-            return f"{name}: {problem['msg']}, got {problem['input']!r}"
+            return f"{name}: {problem['msg']}, got {without_passwords(repr(problem['input']))}"

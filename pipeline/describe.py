@@ -84,7 +84,8 @@ def describe(
 def as_rejected(report: UpdateReport, state: ModelState) -> UpdateReport:
     """The report of an update whose model the gate turned away: no row of it is part of a model."""
     version = state.serving if state.serving is not None else state.version
-    return replace(report, outcome="rejected", version=version, rows_learned=0, rows_pending=0, rows_held_out=0)
+    notes = tuple(note.removesuffix(_LEARNED_LATER) for note in report.notes)
+    return replace(report, outcome="rejected", version=version, rows_learned=0, rows_pending=0, rows_held_out=0, notes=notes)
 
 
 def describe_suspicious(
@@ -142,6 +143,9 @@ def with_steadiness(
     return replace(report, stability=figures, diagnosis=diagnosis)
 
 
+_LEARNED_LATER = "; they are learned with the next window"
+
+
 def _held_out(rows: WindowRows) -> int:
     return int((rows.held_out < rows.num_logged).sum())
 
@@ -150,12 +154,14 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None, rows: Win
     """Everything that was not done as a reader would take for granted."""
     held_out = _held_out(rows)
     if held_out:
-        yield f"{held_out:,} rows were held out to judge the model by; they are learned with the next window"
+        yield f"{held_out:,} rows were held out to judge the model by{_LEARNED_LATER}"
     unreached = int(learned.unreached_R.sum()) - held_out
     if unreached:
         yield f"out of time: {unreached:,} of {rows.num_logged:,} rows wait for the next update"
     capped = sum(piece.num_rows for piece in window.left if piece.file.hour < window.end)
-    if capped:
+    if capped and window.released:
+        yield f"{capped:,} rows wait for the next update: a window that was released is learned by itself"
+    elif capped:
         yield f"{capped:,} rows over window.max_rows wait for the next update"
     if window.late_rows:
         yield f"{window.late_rows:,} rows came late, for hours before this window"

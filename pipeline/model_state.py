@@ -116,6 +116,8 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
     for version in _candidates(config):
         try:
             state = _restored(version, config, spec, processes)
+            if state.serving is not None:
+                read_manifest(config.model_dir, state.serving)  # it will be compared with this one, and must be whole
             return replace(state, notes=(*notes, *state.notes))
         except CorruptCheckpoint as error:
             set_aside(config.model_dir, version)
@@ -152,8 +154,8 @@ def save(
 ) -> ModelState:
     """Publishes the state after a window as the next version, or keeps it for the next update; the state as saved."""
     learner = state.learner
-    version = max(state.version + 1, next_version(config.model_dir))
-    cursor = window.cursor_after(learned.unreached_R)
+    state = as_saved(state, window, learned, config)
+    version, cursor = state.version, state.cursor
     pending, bitmaps = pack_pending(cursor)
     manifest = Manifest(
         version=version,
@@ -189,7 +191,13 @@ def save(
         processes=learner.processes,
         published=published,
     )
-    return replace(state, cursor=cursor, version=version)
+    return state
+
+
+def as_saved(state: ModelState, window: Window, learned: Learned, config: UpdateConfig) -> ModelState:
+    """The state with the number and the cursor that `save` will give it."""
+    cursor = window.cursor_after(learned.unreached_R)
+    return replace(state, cursor=cursor, version=max(state.version + 1, next_version(config.model_dir)))
 
 
 def admit_ids(

@@ -48,7 +48,7 @@ def roll_back(config: UpdateConfig, version: int | None = None) -> RolledBack:
         CorruptCheckpoint: it is not whole; the current one stays.
         UpdateInProgress: an update of the model is running.
     """
-    with alone(config.model_dir):
+    with alone(config.model_dir, "rollback", wait_seconds=config.lock_wait_seconds):
         before = current_version(config.model_dir)
         chosen = _chosen(config, before, version)
         manifest = read_manifest(config.model_dir, chosen)

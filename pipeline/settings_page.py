@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as limits
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from data_schemas.dataset import DatasetSpec, Name
@@ -191,7 +191,14 @@ def _kind(annotation: Any) -> str:
             return _KINDS[annotation]
 
 
-_KINDS: dict[Any, str] = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}
+_KINDS: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    bool: "`true`, `false`",
+    str: "text",
+    Path: "path",
+    SecretStr: "secret: from the environment only",
+}
 
 
 def _flat(metadata: Iterable[Any]) -> Iterator[Any]:
@@ -242,6 +249,8 @@ def _toml(value: Any) -> str:
     match value:
         case bool():
             return "true" if value else "false"
+        case SecretStr():
+            return _toml(value.get_secret_value())  # a default, and so no secret
         case str() | Path():
             return f'"{value}"'
         case tuple():

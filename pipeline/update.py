@@ -4,12 +4,11 @@ window -> check -> evaluate before learning -> learn until done or out of time -
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,26 +20,28 @@ from pipeline.data.clicks import is_correction, join_clicks, require_correctable
 from pipeline.data.encode import num_normalised
 from pipeline.data.held import held_windows, hold_aside
 from pipeline.data.lake import ClickLog
+from pipeline.data.lineage import without
 from pipeline.data.negatives import require_sampler
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.window_rows import WindowRows, load_rows
 from pipeline.data.windows import Window, next_window
 from pipeline.describe import as_rejected, describe, describe_suspicious, one_line, with_steadiness
+from pipeline.ending import Shown, end_interrupted, end_update, forget_note, freeze, note_down, track
 from pipeline.evaluation.alarms import Checked, alarms_of, past_of
 from pipeline.evaluation.champion import champion_probabilities, gate_verdict, gathered_evidence
 from pipeline.evaluation.gate import GateVerdict
-from pipeline.evaluation.judge import Score, Scores, evaluate, evaluate_before, frozen_folder
+from pipeline.evaluation.judge import Scores, evaluate, evaluate_before
+from pipeline.evaluation.metrics import CalibrationBin
 from pipeline.evaluation.profile import profile_of
 from pipeline.lock import alone
-from pipeline.model_state import ModelState, admit_ids, restore_or_create, save
+from pipeline.model_state import ModelState, admit_ids, as_saved, restore_or_create, save
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.publishing.checkpoint import current_version, forget_unpublished
-from pipeline.publishing.predictor import export_predictor, predictor_of
 from pipeline.publishing.report import append_history, read_history, reason_of
 from pipeline.publishing.report import verdict as verdict_of
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
-from pipeline.training.late_clicks import LateClicks, Looks
+from pipeline.training.late_clicks import LateClicks, Looks, logits_of
 from pipeline.training.learn import Learned, Progress, learn
 from pipeline.training.replay import after_window, with_replay
 from pipeline.training.sampling import sample_window, without_rows
@@ -75,15 +76,16 @@ def run_update(
     The model before stays current until the new one is written whole, and the rows stay waiting until then.
 
     Raises:
+        UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)
-    stages, now = _Stages(stage, clock), now or datetime.now(UTC)
-    with alone(config.model_dir):
+    with alone(config.model_dir, "update", wait_seconds=config.lock_wait_seconds):
+        stages, now = _Stages(stage, clock), now or datetime.now(UTC)
+        state = stages.run("restore", lambda: _restore(config, spec))
         history = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
-        state = stages.run("restore", lambda: restore_or_create(config, spec))
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
         if window is None:
             return None
@@ -94,7 +96,9 @@ def run_update(
             report = describe_suspicious(config, spec, window, state, seen, stages.seconds)
             return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
         before, frozen = stages.run("evaluate before learning", lambda: evaluate_before(state, rows, config, spec, deadline))
-        champion_H = stages.run("predict as the champion", lambda: champion_probabilities(state, rows, config, spec))
+        champion_H = stages.run(
+            "predict as the champion", lambda: champion_probabilities(state, rows, config, spec, window.start)
+        )
         rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: evaluate(state, rows, config, deadline))
         state, verdict = stages.run("judge", lambda: _judge(state, rows, champion_H, learned, config, history))
@@ -103,17 +107,27 @@ def run_update(
             report = describe(config, spec, window, state, rows, learned, plan, scores, stages.seconds)
             report = replace(as_rejected(report, state), profile=seen.profile, gate=verdict)
             return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
-        published = not (own and verdict and verdict.decision == "hold")
-        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec, published))
-        report = describe(config, spec, window, saved, rows, learned, plan, scores, stages.seconds)
-        report = with_steadiness(report, window, learned, before, after, history)
-        report = report if published else replace(report, outcome="held", serving=current_version(config.model_dir))
-        report = replace(report, profile=seen.profile, alarms=seen.alarms, gate=verdict)
-        report = replace(report, notes=(*report.notes, *_warnings(seen, verdict, config)))
-        append_history(config.model_dir, report)
-        note = stages.run("publish", lambda: _publish(config, spec, saved, rows, report, before))
-        report = replace(report, seconds=dict(stages.seconds), notes=(*report.notes, *note))
-        append_history(config.model_dir, report)
+        on_hold = verdict.decision == "hold" if verdict else state.serving is not None
+        published = not (own and on_hold)
+
+        def described(saved: ModelState) -> UpdateReport:
+            report = describe(config, spec, window, saved, rows, learned, plan, scores, stages.seconds)
+            report = with_steadiness(report, window, learned, before, after, history)
+            report = report if published else replace(report, outcome="held", serving=current_version(config.model_dir))
+            report = replace(report, profile=seen.profile, alarms=seen.alarms, gate=verdict)
+            return replace(report, notes=(*report.notes, *_warnings(seen, verdict, config)))
+
+        checkpoint = _Checkpoint(described, before.bins if before else (), published)
+        saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec, checkpoint))
+        report = end_update(
+            config,
+            spec,
+            saved,
+            described(saved),
+            Shown(examples=rows.examples.take(np.arange(len(rows.sample))), frame=rows.sample, bins=checkpoint.bins),
+            lambda work: stages.run("publish", work),
+            lambda: dict(stages.seconds),
+        )
         log.info("%s", one_line(report))
         return report
 
@@ -138,11 +152,26 @@ class _Stages:
             self.seconds[name] = self.clock() - started
 
 
+class _Checkpoint(NamedTuple):
+    """What a checkpoint is made for."""
+
+    described: Callable[[ModelState], UpdateReport]
+    """The report of the update that saves a state."""
+    bins: tuple[CalibrationBin, ...]
+    published: bool
+
+
 def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, object]]) -> Deadline:
     tails = [sum(record["seconds"].get(name, 0.0) for name in AFTER_LEARNING) for record in history]  # type: ignore[attr-defined]
     budget = config.budget
     reserve = reserve_seconds(tails, budget_seconds=budget.seconds, min_reserve_seconds=budget.min_reserve_seconds)
     return Deadline(started=stages.started, budget_seconds=budget.seconds, reserve_seconds=reserve, clock=stages.clock)
+
+
+def _restore(config: UpdateConfig, spec: DatasetSpec) -> ModelState:
+    """The model, once what an update before was killed in is done."""
+    end_interrupted(config, spec)
+    return restore_or_create(config, spec)
 
 
 def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
@@ -177,16 +206,18 @@ def _check(
 
 
 def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now: datetime) -> UpdateReport:
-    """Holds the window aside; the model that serves and what it has consumed stay as they are.
+    """Holds the window aside; the model that serves and what it has consumed stay as they are, and rows that an earlier window
+    left wait on.
 
     What was learned since, and is not proven, is forgotten when the gate rejects it: those windows wait again.
     """
+    note_down(config.model_dir, report)
     held = hold_aside(
         config.model_dir,
         start=window.start,
         end=window.end,
         log_version=window.log_version,
-        pieces=window.pieces,
+        pieces=without(window.pieces, window.carried) or window.pieces,
         kind="gate" if report.outcome == "rejected" else "alarm",
         reason=reason_of(report),
         now=now,
@@ -196,10 +227,8 @@ def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now:
     note = f"held aside as {held.id}; release or discard it with flows/held.py"
     report = replace(report, notes=(*report.notes, note))
     append_history(config.model_dir, report)
-    if config.tracking.enabled:
-        from pipeline.publishing.publish import track_only  # imports MLflow, which takes a second
-
-        report = replace(report, notes=(*report.notes, *track_only(config, report)))
+    report = replace(report, notes=(*report.notes, *track(config, report)))
+    forget_note(config.model_dir)
     log.warning("%s", verdict_of(report))
     return report
 
@@ -219,10 +248,10 @@ def _judge(
     history: Sequence[Mapping[str, Any]],
 ) -> tuple[ModelState, GateVerdict | None]:
     """The state with the evidence that it goes on with, and the verdict; none where there is no model to compare with, or where
-    a person wants the window to be learned."""
+    a person wants the window to be learned: then a model that is on hold stays so."""
     if not rows.judged:
         return state, None
-    evidence = gathered_evidence(state, rows, champion_H)
+    evidence = gathered_evidence(state, rows, champion_H, config.gate.max_rows)
     return replace(state, evidence=evidence), gate_verdict(evidence, rows, learned, config, history)
 
 
@@ -245,13 +274,11 @@ def _learn(
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
     sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     sampled = without_rows(sampled, rows.held_out)
-    looks = Looks()
+    looks, before_R = Looks(), None
     if window.clicks and rows.event_keys is not None:
         came = rows.event_keys[is_correction(rows.examples.labels_R)]
-        until = window.clicks.known_until
-        sampled, looks = state.late_clicks.looking_back(
-            sampled, came, until, spec, state.ids, seed=rows.seed, hour=window.start
-        )
+        before_R, known = logits_of(learner, rows.encoded), state.late_clicks
+        sampled, looks = known.looking_back(sampled, came, window.end, spec, state.ids, seed=rows.seed, hour=window.start)
     learned = learn(
         learner,
         sampled.window,
@@ -264,9 +291,10 @@ def _learn(
         probe_rows=config.evaluation.probe_rows,
         mean_weight=sampled.mean_weight,
     )
+    moved_R = None if before_R is None else logits_of(learner, rows.encoded) - before_R
     num_past = sampled.window.num_rows - rows.encoded.num_rows
     past = (f"{num_past:,} past rows were learned again",) if num_past else ()
-    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled, looks=looks)
+    rows = replace(rows, notes=(*rows.notes, *past), learned=sampled, looks=looks, moved_R=moved_R)
     learned = learned.leaving(rows.held_out)
     return rows, replace(learned, step_time=fit.line if fit.measured else None), sampled.plan
 
@@ -279,7 +307,7 @@ def _checkpoint(
     plan: SamplingPlan | None,
     config: UpdateConfig,
     spec: DatasetSpec,
-    published: bool,
+    checkpoint: "_Checkpoint",
 ) -> ModelState:
     """The state as saved; its rows are consumed, and if it is published it serves from now on."""
     reached, logged = np.flatnonzero(~learned.unreached_R[: rows.encoded.num_rows]), learned.first(rows.num_logged)
@@ -292,14 +320,9 @@ def _checkpoint(
     state = replace(state, late_clicks=_late_clicks(state, rows, window, learned, reached, spec))
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=published)
-    folder = frozen_folder(config)
-    frozen_after = config.evaluation.frozen_after_updates
-    if frozen_after and saved.version >= frozen_after and not folder.is_dir():
-        staged = folder.with_suffix(".tmp")
-        shutil.rmtree(staged, ignore_errors=True)
-        export_predictor(saved, spec, config.model, staged)
-        staged.rename(folder)
+    note_down(config.model_dir, checkpoint.described(as_saved(state, window, logged, config)), checkpoint.bins)
+    saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=checkpoint.published)
+    freeze(config, spec, saved)
     return saved
 
 
@@ -307,7 +330,7 @@ def _late_clicks(
     state: ModelState, rows: WindowRows, window: Window, learned: Learned, reached: I64, spec: DatasetSpec
 ) -> LateClicks:
     """What is known of late clicks, once the window is."""
-    if window.clicks is None or rows.event_keys is None:
+    if window.clicks is None or rows.event_keys is None or rows.moved_R is None:
         return state.late_clicks
     return state.late_clicks.after(
         rows.examples,
@@ -316,6 +339,7 @@ def _late_clicks(
         rows.encoded,
         state.memory.histories(rows.examples),
         rows.looks,
+        rows.moved_R,
         reached=reached,
         reached_D=~learned.unreached_R[rows.encoded.num_rows :],
         spec=spec,
@@ -329,34 +353,3 @@ def _memory_notes(remembered: MemoryReport) -> Iterator[str]:
         yield f"{remembered.refused_rows:,} rows found no room in a counter or history; raise its capacity"
     if remembered.capped_history_events:
         yield f"{remembered.capped_history_events:,} clicks of users with very many were left out of their histories"
-
-
-def _publish(
-    config: UpdateConfig,
-    spec: DatasetSpec,
-    saved: ModelState,
-    rows: WindowRows,
-    report: UpdateReport,
-    before: Score | None,
-) -> tuple[str, ...]:
-    """Puts the report, and the model, where people look; what could not be reached is noted and sent later."""
-    from pipeline.publishing.publish import publish_update  # imports MLflow, which takes a second
-
-    if not config.tracking.enabled:
-        return ()
-    examples = rows.examples.take(np.arange(len(rows.sample)))
-    try:
-        with saved.learner.averaged():
-            example_probabilities = predictor_of(saved, spec).predict_examples(examples)
-        return publish_update(
-            config,
-            spec,
-            saved,
-            report,
-            example=rows.sample,
-            example_probabilities=example_probabilities,
-            bins=before.bins if before else (),
-        )
-    except Exception as error:  # the checkpoint serves already: whatever fails here must not make the update look failed
-        log.warning("publishing failed", exc_info=True)
-        return (f"publishing failed ({type(error).__name__}: {error}); the checkpoint serves, MLflow shows the update before",)

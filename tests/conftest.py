@@ -6,6 +6,8 @@ held out.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ import torch
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import Examples, IdLists
 from data_schemas.hashing import mix64
+from pipeline.evaluation.metrics import measure
+from pipeline.outcome import UpdateReport
 
 torch.set_num_threads(1)
 os.environ["TIDEMARK_GATE__ACTION"] = "off"
@@ -49,6 +53,12 @@ def small_examples() -> Callable[..., Examples]:
     return make_examples
 
 
+@pytest.fixture
+def report() -> Callable[..., UpdateReport]:
+    """The report of an update of hour 0, 1, ...; any field may be another."""
+    return make_report
+
+
 def make_examples(num_rows: int, *, seed: int = 0, hour: int = 0) -> Examples:
     rng = np.random.default_rng([seed, 99])
     user, item = rng.integers(0, 40, num_rows), rng.integers(0, 60, num_rows)
@@ -73,3 +83,35 @@ def make_examples(num_rows: int, *, seed: int = 0, hour: int = 0) -> Examples:
         item_R=item_R,
         hour_R=np.full(num_rows, hour, np.int64),
     )
+
+
+def make_report(hour: int, **changed: object) -> UpdateReport:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    rng = np.random.default_rng(hour)
+    made = UpdateReport(
+        dataset="synthetic",
+        model_name="hourly",
+        outcome="published",
+        version=hour + 1,
+        log_version=3,
+        window_start=start + timedelta(hours=hour),
+        window_end=start + timedelta(hours=hour + 1),
+        rows=1234,
+        late_rows=0,
+        rows_learned=1200,
+        rows_pending=34,
+        batch_size=512,
+        precision="fp32",
+        before=measure(rng.integers(0, 2, 200), rng.random(200), rng.integers(0, 5, 200)),
+        after=None,
+        frozen=None,
+        evaluated_rows=200,
+        seconds={"learn": 1.5},
+        budget_seconds=60.0,
+        plan=(),
+        loss_curve=(),
+        skipped_steps=0,
+        git_commit="",
+        notes=(),
+    )
+    return replace(made, **changed)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from pipeline.settings_page import renewed, sections_of, settings_page
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 DATA_PAGE = ROOT / "docs" / "data.md"
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -32,6 +32,7 @@ _FORBIDDEN = {
         r"(?:pypi|pythonhosted|anaconda|jfrog|artifactory)\.(?:org|com|io)|download\.pytorch\.org"
     ),
     "an absolute path of one machine": re.compile(r"(?<![\w.:/>}*])/(?:home|Users|root|work|workspace|mnt|opt)/\w"),
+    "an address on which every machine could call": re.compile(r"\b0\.0\.0\.0\b|\[::\]|--host[ =](?!127\.0\.0\.1)"),
     "a word about assistants": re.compile(
         r"\b(?:chat[g]pt|c[l]aude|co[p]ilot|anthro[p]ic|open[a]i|a[i] (?:assistant|agent)|generated with a[i])s?\b",
         re.IGNORECASE,

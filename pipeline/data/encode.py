@@ -78,7 +78,7 @@ class EncodedWindow:
     user_R: U64
     logit_shifts_R: F32 | None = None
     """As in `MiniBatch`; None: nothing."""
-    log_unseen_R2: F32 | None = None
+    looks_R3: F32 | None = None
     """As in `MiniBatch`; None: every click is known."""
 
     @property
@@ -106,13 +106,13 @@ class EncodedWindow:
             labels_B=torch.from_numpy(self.labels_R[rows_B]),
             weights_B=torch.from_numpy(weights_B if filling_B is None else np.where(filling_B, np.float32(0), weights_B)),
             logit_shifts_B=None if self.logit_shifts_R is None else torch.from_numpy(self.logit_shifts_R[rows_B]),
-            log_unseen_B2=None if self.log_unseen_R2 is None else torch.from_numpy(self.log_unseen_R2[rows_B]),
+            looks_B3=None if self.looks_R3 is None else torch.from_numpy(self.looks_R3[rows_B]),
         )
 
     def known_share(self, rows: I64) -> F32 | float:
         """`[len(rows)]` share of their clicks that is known now: what a predicted probability has to be multiplied by before it
         is compared with the labels."""
-        return 1.0 if self.log_unseen_R2 is None else -np.expm1(self.log_unseen_R2[rows, 1])
+        return 1.0 if self.looks_R3 is None else -np.expm1(self.looks_R3[rows, 1])
 
     def _segments(self, gathered_KB: I64, rows_B: I64) -> dict[str, "_Segment"]:
         """By key: what the batch looks up for it."""
@@ -195,9 +195,9 @@ def joined(first: EncodedWindow, second: EncodedWindow) -> EncodedWindow:
             pools={key: _join_bags(bags, second.histories.pools[key]) for key, bags in first.histories.pools.items()},
             ids={key: np.concatenate([ids, second.histories.ids[key]]) for key, ids in first.histories.ids.items()},
         )
-    unseen = [each.log_unseen_R2 for each in pair]
-    all_known = [np.full((each.num_rows, 2), [0.0, LEAST_LOG], np.float32) for each in pair]
-    unseen_R2 = [known if own is None else own for known, own in zip(all_known, unseen, strict=True)]
+    unseen = [each.looks_R3 for each in pair]
+    all_known = [np.full((each.num_rows, 3), [0.0, LEAST_LOG, 0.0], np.float32) for each in pair]
+    own_looks = [known if own is None else own for known, own in zip(all_known, unseen, strict=True)]
     shifts = [np.zeros(each.num_rows, np.float32) if each.logit_shifts_R is None else each.logit_shifts_R for each in pair]
     return replace(
         first,
@@ -210,7 +210,7 @@ def joined(first: EncodedWindow, second: EncodedWindow) -> EncodedWindow:
         weights_R=np.concatenate([each.weights_R for each in pair]),
         user_R=np.concatenate([each.user_R for each in pair]),
         logit_shifts_R=None if first.logit_shifts_R is None and second.logit_shifts_R is None else np.concatenate(shifts),
-        log_unseen_R2=None if unseen[0] is None and unseen[1] is None else np.concatenate(unseen_R2),
+        looks_R3=None if unseen[0] is None and unseen[1] is None else np.concatenate(own_looks),
     )
 
 

@@ -315,7 +315,7 @@ def _ingest_file(file: LandingFile, ingest: _Ingest, tally: _Tally) -> None:
                 return
         except CommitConflict:
             _catch_up(ingest)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             tally.files_unreadable += 1
             tally.troubled.append(f"{file.path}: cannot be opened or read now ({type(error).__name__}: {error})")
             return

@@ -63,8 +63,8 @@ MAX_ROWS_PER_BYTE = 50
 """A Parquet file of over a million rows with more rows than this to the byte is a decompression bomb: every event has a
 key of its own, and distinct values cannot be packed that tightly."""
 
-MAX_CHUNK_BYTES = 1 << 30
-"""Uncompressed size of one column in one row group of a Parquet file."""
+MAX_GROUP_BYTES = 2 << 30
+"""Uncompressed size of one row group of a Parquet file."""
 
 UNREADABLE = (PermissionError, FileNotFoundError, ConnectionError, TimeoutError, InterruptedError)
 """What a file system raises when it is not the file's content that is at fault."""
@@ -228,7 +228,7 @@ def _read_csv(file: LandingFile, spec: DatasetSpec) -> Iterator[RawBatch]:
 def _header(file: LandingFile, spec: DatasetSpec) -> list[str]:
     with _open(file) as stream:
         start = stream.read(1 << 16)
-    text = start.decode("utf-8-sig", errors="strict" if len(start) < 1 << 16 else "replace")
+    text = start.decode("utf-8-sig", errors="replace")  # a byte that is wrong in a row is that row's fault alone
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=spec.file.delimiter)
     return next((row for row in rows if row), [])
 
@@ -406,15 +406,13 @@ def _refuse_bomb(metadata: Any, file: LandingFile, names: Sequence[str]) -> None
             f"at most {MAX_PARQUET_CELLS} values, and {MAX_ROWS_PER_BYTE} rows to a byte, are read. Split the file"
         )
     for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        sizes = [row_group.column(place).total_uncompressed_size for place in range(row_group.num_columns)]
-        if max(sizes, default=0) > MAX_CHUNK_BYTES:
-            raise BrokenFile(
-                f"row group {group} has a column of {max(sizes)} bytes, more than {MAX_CHUNK_BYTES}; write smaller row groups"
-            )
+        # Not column by column: to ask a column of a footer that is corrupt ends the process, no exception is raised.
+        size = metadata.row_group(group).total_byte_size
+        if size > MAX_GROUP_BYTES:
+            raise BrokenFile(f"row group {group} has {size} bytes, more than {MAX_GROUP_BYTES}; write smaller row groups")
 
 
 def _string_leaves(plain: pq.ParquetFile, names: Sequence[str]) -> list[str]:
-    """String columns that are no lists: read as dictionaries, a long text that is repeated is held once."""
+    """String columns, and strings in lists: read as dictionaries, a long text that is repeated is held once."""
     columns = [plain.schema.column(place) for place in range(len(plain.schema))]
-    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY" and column.path in names]
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY" and column.path.split(".")[0] in names]

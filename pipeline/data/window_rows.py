@@ -51,8 +51,7 @@ class WindowRows:
     Rows that an earlier window did not reach are left out: counters know what happened around them by now.
     """
     held_out: I64
-    """Rows of the click log that are not learned now, and that models are judged by; those that are evaluated are among
-    them."""
+    """Rows of the click log that are new to the model, are not learned now, and judge it."""
     judged: bool
     """Whether the model is compared with the one before; not, where there is none, or where a person wants the window
     learned."""
@@ -67,6 +66,8 @@ class WindowRows:
     """As the rows were learned."""
     looks: Looks = field(default_factory=Looks)
     """At past impressions, behind those rows."""
+    moved_R: F32 | None = None
+    """What learning the window moved the logits of the rows by, where clicks are events of their own."""
 
     @property
     def clicks_known_share(self) -> float:
@@ -114,10 +115,23 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
     )
 
 
+def sample_of(click_log: ClickLog, spec: DatasetSpec, start: int, end: int) -> tuple[Examples, pd.DataFrame]:
+    """A few rows of the hours from `start` to before `end`, since 1970, as examples and as a caller would send them."""
+    columns = columns_to_read(spec)
+    read = columns if spec.clicks is None else [*columns, "is_click"]
+    ranges = [RowRange(file=f, start=0, stop=min(f.num_rows, 1000)) for f in click_log.files() if start <= f.hour < end]
+    table = click_log.read(ranges[:1], read)
+    if spec.clicks is not None:
+        table = table.filter(pc.invert(table["is_click"])).select(columns)
+    table = table.slice(0, SAMPLE_ROWS)
+    return to_examples(table, spec), _raw_sample(table)
+
+
 def _held_out(examples: Examples, window: Window, state: ModelState, config: UpdateConfig, *, seed: Sequence[int]) -> Mask:
     if not _is_judged(window, state, config):
         return np.zeros(examples.num_rows, bool)
-    return held_out(examples.user_R, share=config.gate.holdout_share, salt=seed)
+    chosen = held_out(examples.user_R, share=config.gate.holdout_share, salt=seed)
+    return chosen & (examples.hour_R >= window.start)
 
 
 def _is_judged(window: Window, state: ModelState, config: UpdateConfig) -> bool:

@@ -54,7 +54,9 @@ class JoinedClicks:
     clicked_I: Mask
     """Impressions of the window whose click is known."""
     known_until: int
-    """Hour until which clicks are joined."""
+    """Hour until which clicks on impressions of the window are joined; those on earlier ones only until its end."""
+    end: int
+    """Of the window."""
     click_hour_E: npt.NDArray[np.int64]
     """`[I + corrections]` hour of an example's click; -1 where none is known."""
     corrected: tuple[Piece, ...]
@@ -95,7 +97,11 @@ class Window:
     clicks: JoinedClicks | None = None
     """None where clicks are no events of their own."""
     aside: tuple[Piece, ...] = ()
-    """Rows of other windows that are held aside."""
+    """Rows of other windows that are held aside, or released and still to be learned."""
+    discarded: tuple[Piece, ...] = ()
+    """Rows that are never learned."""
+    carried: tuple[Piece, ...] = ()
+    """Of its rows those that an earlier window left: held out, or out of time."""
     released: str = ""
     """Id of the held window that this is, released by a person; empty for all others."""
     released_before: tuple[str, ...] = ()
@@ -144,12 +150,9 @@ def next_window(
         CheckpointError: the click log is not the one that the cursor speaks of.
     """
     version = log.version
-    _check_same_log(log, cursor)
-    unlearned = [window for window in held if window.id not in cursor.released]
-    aside = {window.id: carry(log, window.pieces, window.log_version, version)[0] for window in unlearned}
-    all_aside = merged(piece for pieces in aside.values() for piece in pieces)
+    waiting, aside = waiting_pieces(log, cursor, held)
     pending = _still_there(log, cursor, version)
-    waiting = without(merged([*pending, *added_between(log, cursor.log_version, version)]), all_aside)
+    gone = [window.id for window in held if window.status == "discarded"]
     window = Window(
         start=0,
         end=0,
@@ -159,13 +162,31 @@ def next_window(
         late_rows=0,
         left=(),
         removed_rows=sum(piece.num_rows for piece in cursor.pending) - sum(piece.num_rows for piece in pending),
-        aside=tuple(all_aside),
+        aside=tuple(merged(piece for of, pieces in aside.items() if of not in gone for piece in pieces)),
+        discarded=tuple(merged(piece for of in gone for piece in aside.get(of, ()))),
         released_before=cursor.released,
     )
-    for chosen in unlearned:
-        if chosen.status == "released" and aside[chosen.id]:
+    for chosen in held:
+        if chosen.status == "released" and aside.get(chosen.id):
             return _released(window, chosen, aside[chosen.id], waiting, cursor)
     return _regular(window, waiting, pending, cursor, config, now)
+
+
+def waiting_pieces(
+    log: ClickLog, cursor: Cursor, held: Sequence[HeldWindow] = ()
+) -> tuple[list[Piece], dict[str, list[Piece]]]:
+    """Rows that wait for the model, of closed hours or not; and by its id the rows of each window that is held aside, was
+    discarded, or was released and is not learned yet.
+
+    Raises:
+        CheckpointError: the click log is not the one that the cursor speaks of.
+    """
+    version = log.version
+    _check_same_log(log, cursor)
+    unlearned = [window for window in held if window.id not in cursor.released]
+    aside = {window.id: carry(log, window.pieces, window.log_version, version)[0] for window in unlearned}
+    added = merged([*_still_there(log, cursor, version), *added_between(log, cursor.log_version, version)])
+    return without(added, merged(piece for pieces in aside.values() for piece in pieces)), aside
 
 
 def _released(window: Window, chosen: HeldWindow, pieces: Sequence[Piece], waiting: Sequence[Piece], cursor: Cursor) -> Window:
@@ -201,6 +222,7 @@ def _regular(
         end=end,
         pieces=tuple(taken),
         late_rows=_late_rows(taken, pending, cursor, start),
+        carried=tuple(without(taken, without(taken, [piece for piece in pending if piece.file.hour < start]))),
         left=(*left, *(piece for piece in waiting if piece.file.hour >= end)),
     )
 
@@ -226,6 +248,15 @@ def as_time(hours_since_epoch: int) -> datetime:
     '1970-01-02T00:00:00+00:00'
     """
     return EPOCH + timedelta(hours=hours_since_epoch)
+
+
+def as_hour(moment: datetime) -> int:
+    """The inverse of `as_time`; minutes are cut off.
+
+    >>> as_hour(as_time(24))
+    24
+    """
+    return (moment - EPOCH) // timedelta(hours=1)
 
 
 def _check_same_log(log: ClickLog, cursor: Cursor) -> None:

@@ -3,10 +3,12 @@
 Enters: the state and the window's rows. Leaves: `Score`s.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_schemas.dataset import DatasetSpec
+from data_schemas.errors import CorruptCheckpoint
 from data_schemas.examples import F32, I64, Examples
 from pipeline.config import UpdateConfig
 from pipeline.data.window_rows import WindowRows
@@ -15,6 +17,8 @@ from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState
 from pipeline.publishing.predictor import load_predictor
 from pipeline.training.budget import Deadline
+
+log = logging.getLogger(__name__)
 
 EVALUATION_SHARE = 0.2
 """Share of the budget after which evaluating stops with the rows that it has."""
@@ -43,7 +47,11 @@ def evaluate_before(
     folder = frozen_folder(config)
     if before is None or not folder.is_dir() or deadline.learning_seconds_left() <= 0:
         return before, None
-    frozen = load_predictor(folder)
+    try:
+        frozen = load_predictor(folder)
+    except CorruptCheckpoint as error:
+        log.warning("the frozen model is not measured: %s; remove the folder to freeze the model anew", error)
+        return before, None
     chosen = rows.evaluated[: before.metrics.rows]
     examples = _columns_of(frozen.spec, rows.examples.take(chosen), spec)
     return before, _measured(rows, chosen, frozen.predict_examples(examples))

@@ -143,7 +143,7 @@ def _finding(
     left.plot(sizes, [law.rate(b) for b in sizes], color=GREY, lw=1.8, label="from Hessian and noise")
     log_counts(left, "xy")
     legend(left)
-    name_axes(right, f"{steps} steps", "batch size B (rows)", "best learning rate")
+    name_axes(right, f"Runs of {steps} steps", "batch size B (rows)", "best learning rate")
     right.plot(sizes, sgd, **(look(0) | {"linestyle": ""}), label="SGD")
     right.plot(sizes, [fit.rate(b) for b in sizes], color=GREY, lw=1.8, label="lr_max/(1 + N/B), fitted")
     right.plot(sizes, [sgd[0] * b / sizes[0] for b in sizes], color=GREY, lw=1.2, ls=":", label="linear")

@@ -79,6 +79,22 @@ def parameters_of(run: Run, given: Mapping[str, Any] | None = None) -> dict[str,
     return defaults | dict(given or {})
 
 
+def refuse_out_of_range(run: Run, given: Mapping[str, Any]) -> None:
+    """Numbers are above 0 where the default is, and at least 0 where that is 0; where it is negative, anything goes.
+
+    Raises:
+        ConfigError: the parameter, its value and what is allowed.
+    """
+    defaults = parameters_of(run)
+    for name, value in given.items():
+        least = min(_numbers(defaults[name]), default=-1)
+        wrong = [number for number in _numbers(value) if number < 0 or (number == 0 and least > 0)]
+        if least >= 0 and wrong:
+            raise ConfigError(f"{name} must be {'above' if least > 0 else 'at least'} 0, got {wrong[0]}")
+        if isinstance(value, tuple) and not value:
+            raise ConfigError(f"{name} must have at least one value; leave it out for {_in_words(defaults[name])}")
+
+
 def main_of(run: Run, words: Sequence[str] | None = None) -> None:
     """Runs an experiment with the parameters in `words` (None: the command line), and prints what it found.
 
@@ -119,6 +135,7 @@ def _as_command(run: Run) -> Callable[..., None]:
     """`run` with one parameter more, that prints instead of handing back."""
 
     def command(*, figure: Path | None = None, **given: Any) -> None:
+        refuse_out_of_range(run, given)
         finding = run(**given)
         print_finding(finding, Console(width=None if sys.stdout.isatty() else 140))
         if figure is not None:
@@ -131,6 +148,20 @@ def _as_command(run: Run) -> Callable[..., None]:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
     command.__doc__ = f"{inspect.getdoc(run)}\n    figure: File that the figure is written to, as PNG."
     return command
+
+
+def _in_words(values: Any) -> str:
+    """A default in words.
+
+    >>> _in_words((1, 2))
+    '1, 2'
+    """
+    return ", ".join(map(str, values)) if isinstance(values, tuple) else str(values)
+
+
+def _numbers(value: Any) -> list[float]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [number for number in values if isinstance(number, int | float) and not isinstance(number, bool)]
 
 
 def _module_of(run: Run) -> str:

@@ -33,11 +33,11 @@ def look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[count], "linestyle": STYLES[number % len(STYLES)], "marker": MARKERS[count], "ms": 6, "lw": 2.2}
 
 
-def canvas(panels: int = 1, *, panel_inches: float = 3.6) -> tuple[Figure, list[Axes]]:
+def canvas(panels: int = 1, *, panel_inches: float = 3.5) -> tuple[Figure, list[Axes]]:
     """A figure with `panels` one below the other, tidied: side by side, their text would be too small on a phone."""
     figure = Figure(
-        figsize=(6.6, panel_inches * panels + (0.4 if panels == 1 else 0.0)),
-        dpi=110,
+        figsize=(5.6, panel_inches * panels),
+        dpi=120,
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12),
     )
     FigureCanvasAgg(figure)

@@ -170,7 +170,7 @@ def _finding(runs: Sequence[Descent], num_rows: int, passes: float) -> Finding:
             axes.set_xscale("log")
         else:
             log_counts(axes)
-        axes.set_ylim(0.95 * min(min(each.losses) for each in runs), 0.6)
+        axes.set_ylim(0.95 * min(min(each.losses) for each in runs), 0.5)
     legend(panels[0])
     return Finding(
         name="gradient_descent",
@@ -180,7 +180,8 @@ def _finding(runs: Sequence[Descent], num_rows: int, passes: float) -> Finding:
             f"the same {few:,} steps {_lowest(by_steps, num_rows)}, after the same {short:.2g} CPU seconds "
             f"{_lowest(by_seconds, num_rows)}. At the end the loss wobbles most with {_name(shakiest.batch_size, num_rows)} "
             f"({shakiest.wobble:.2g}) and least with {_name(steadiest.batch_size, num_rows)} ({steadiest.wobble:.2g}); "
-            f"held-out AUC is best with {_name(max(runs, key=lambda each: each.auc).batch_size, num_rows)}."
+            f"held-out AUC there, after as many passes or {few:,} steps, is best with "
+            f"{_name(max(runs, key=lambda each: each.auc).batch_size, num_rows)}."
         ),
         columns=(
             "batch size",

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -178,12 +180,17 @@ def save_checkpoint(
         shutil.rmtree(staged, ignore_errors=True)
         raise
     if processes.rank == 0:
-        if published:
-            point_to(model_dir, manifest.version)
-        _prune(folder, keep)
-        forget_unpublished(model_dir, but=None if published else manifest.version)
+        settle(model_dir, manifest.version, published=published, keep=keep)
     processes.wait()
     return final
+
+
+def settle(model_dir: Path, version: int, *, published: bool, keep: int) -> None:
+    """Makes a whole version the current one, or the head if it is not `published`; all but the last `keep` go."""
+    if published:
+        point_to(model_dir, version)
+    _prune(model_dir / "checkpoints", keep)
+    forget_unpublished(model_dir, but=None if published else version)
 
 
 def versions(model_dir: Path) -> list[int]:
@@ -297,10 +304,15 @@ def read_manifest(model_dir: Path, version: int) -> Manifest:
 
 
 def load_dense(model_dir: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The tensors of the dense part."""
+    """The tensors of the dense part.
+
+    Raises:
+        CorruptCheckpoint: the part holds no tensors, whatever its hash says. So do the loaders below.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for path in _files(model_dir, manifest, "dense"):
-        tensors |= load_file(path)
+        with reading(path):
+            tensors |= load_file(path)
     return tensors
 
 
@@ -308,8 +320,27 @@ def load_memory(model_dir: Path, manifest: Manifest) -> dict[str, npt.NDArray[An
     """The arrays of counters and histories."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for path in _files(model_dir, manifest, "memory"):
-        arrays |= load_arrays(path)
+        with reading(path):
+            arrays |= load_arrays(path)
     return arrays
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what safetensors raises of a full disk into the `OSError` that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}; free space, and run again") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a file raises that does not hold what it should into `CorruptCheckpoint`; nothing in it is executed."""
+    try:
+        yield
+    except (SafetensorError, ValidationError, ValueError, KeyError, OSError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def load_tables(
@@ -323,7 +354,9 @@ def load_tables(
     """Fills `tables`, which may be cut otherwise than the saved ones; `new_tables` stay as they are."""
     saved: dict[str, list[TableSlice]] = {}
     for path in _files(model_dir, manifest, "tables"):
-        for key, tensor in load_file(path).items():
+        with reading(path):
+            tensors = load_file(path)
+        for key, tensor in tensors.items():
             name, _, place = key.partition("@")
             row, column = (int(offset) for offset in place.split(","))
             saved.setdefault(name, []).append(TableSlice(name=name, row=row, column=column, tensor=tensor))
@@ -347,7 +380,8 @@ def load_cursor(model_dir: Path, manifest: Manifest) -> Cursor:
     """What the checkpoint's model has consumed."""
     bitmaps: dict[str, torch.Tensor] = {}
     for path in _files(model_dir, manifest, "pending"):
-        bitmaps |= load_file(path)
+        with reading(path):
+            bitmaps |= load_file(path)
     pieces = []
     for rows in manifest.pending:
         file = LogFile(path=rows.path, hour=rows.hour, num_rows=rows.num_rows)
@@ -393,7 +427,8 @@ def _finish(
     parts = [_describe(staged, "dense", "dense.safetensors")]
     parts += [_describe(staged, "tables", _tables_file(rank, num_table_files)) for rank in range(num_table_files)]
     if memory:
-        save_arrays(dict(memory), staged / "memory.safetensors")
+        with writing(staged):
+            save_arrays(dict(memory), staged / "memory.safetensors")
         _sync_file(staged / "memory.safetensors")
         parts.append(_describe(staged, "memory", "memory.safetensors"))
     if pending:
@@ -411,7 +446,8 @@ def _tables_file(rank: int, count: int) -> str:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    with writing(path):
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
     _sync_file(path)
 
 

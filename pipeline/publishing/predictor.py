@@ -32,7 +32,7 @@ from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import GATE, ModelState, architecture, default_device
-from pipeline.publishing.checkpoint import Moments
+from pipeline.publishing.checkpoint import Moments, reading, writing
 
 DESCRIPTION = "predictor.json"
 WEIGHTS = "weights.safetensors"
@@ -100,8 +100,9 @@ def export_predictor(state: ModelState, spec: DatasetSpec, model: ModelConfig, f
     with learner.averaged() as dense_weights:
         tensors = {f"dense.{name}": tensor for name, tensor in dense_weights.items()}
         tensors |= {f"tables.{piece.name}": piece.tensor for piece in learner.model.tables.slices(with_optimizer=False)}
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    save_arrays(state.memory.arrays() | state.ids.arrays(), folder / MEMORY)
+        with writing(folder):
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
+            save_arrays(state.memory.arrays() | state.ids.arrays(), folder / MEMORY)
 
 
 def predictor_of(state: ModelState, spec: DatasetSpec) -> Predictor:
@@ -116,7 +117,16 @@ def predictor_of(state: ModelState, spec: DatasetSpec) -> Predictor:
 
 
 def load_predictor(folder: Path) -> Predictor:
-    """The predictor in `folder`; nothing in it is executed."""
+    """The predictor in `folder`; nothing in it is executed.
+
+    Raises:
+        CorruptCheckpoint: a file is missing, or is not what `export_predictor` writes.
+    """
+    with reading(folder):
+        return _load_predictor(folder)
+
+
+def _load_predictor(folder: Path) -> Predictor:
     description = _Description.model_validate_json((folder / DESCRIPTION).read_bytes())
     spec = description.spec
     device = default_device()

@@ -7,7 +7,7 @@ made from.
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,7 +132,7 @@ def append_history(model_dir: Path, report: UpdateReport) -> None:
     """
     model_dir.mkdir(parents=True, exist_ok=True)
     path = model_dir / "history.jsonl"
-    line = json.dumps(_plain(report), allow_nan=False).encode() + b"\n"
+    line = json.dumps(as_plain(report, left_out=_IN_MLFLOW), allow_nan=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -164,17 +164,17 @@ def read_history(model_dir: Path) -> list[dict[str, Any]]:
     return list(updates.values())
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any, *, left_out: Sequence[str] = ()) -> Any:
+    """Dataclasses, mappings and sequences as JSON has them, times as ISO strings; without the fields `left_out` of a report."""
     match value:
         case datetime():
             return value.astimezone(UTC).isoformat()
         case Mapping():
-            return {str(name): _plain(part) for name, part in value.items()}
+            return {str(name): as_plain(part) for name, part in value.items()}
         case tuple() | list():
-            return [_plain(part) for part in value]
+            return [as_plain(part) for part in value]
         case _ if is_dataclass(value):
-            left_out = _IN_MLFLOW if isinstance(value, UpdateReport) else ()
-            return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in left_out}
+            return {f.name: as_plain(getattr(value, f.name)) for f in fields(value) if f.name not in left_out}
         case _:
             return value
 

@@ -57,6 +57,7 @@ _MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
 
 
@@ -231,7 +232,8 @@ def record_of(
 def open_experiment(config: UpdateConfig) -> tuple["MlflowClient", str]:
     """A client of the tracking URI, and the id of the experiment, which is made if it is not there.
 
-    A fresh sqlite database is made by one process at a time: several at once break it.
+    A fresh sqlite database is made by one process at a time: several at once break it. It is made beside, and then renamed: a
+    kill in one of the steps that MLflow makes it in leaves a database that MLflow can neither use nor mend.
 
     Raises:
         TrackingUnavailable: the server does not answer.
@@ -244,11 +246,24 @@ def open_experiment(config: UpdateConfig) -> tuple["MlflowClient", str]:
     if database:
         database.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{database}.lock", timeout=120) if database else nullcontext():
+        if database and not database.exists():
+            _make_database(database)
         client = MlflowClient(tracking_uri=config.tracking_uri, registry_uri=config.tracking_uri)
         found = client.get_experiment_by_name(config.experiment)
         if found is not None:
             return client, str(found.experiment_id)
         return client, _create_experiment(client, config, database)
+
+
+def _make_database(database: Path) -> None:
+    from mlflow import MlflowClient
+
+    staged = database.with_name(f"{database.name}.tmp")
+    for unfinished in (staged, staged.with_name(f"{staged.name}-journal")):
+        unfinished.unlink(missing_ok=True)
+    uri = f"sqlite:///{staged}"
+    MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models(max_results=1)
+    staged.replace(database)
 
 
 def _create_experiment(client: "MlflowClient", config: UpdateConfig, database: Path | None) -> str:
@@ -470,9 +485,8 @@ def _probe(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers; whether it lets us in, the client will tell
     except OSError as error:
-        address = uri.rpartition("@")[2]  # without the password that may stand before it
         raise TrackingUnavailable(
-            f"no MLflow server answers at {address} ({error}); start it, or leave tracking.uri empty for a local file"
+            f"no MLflow server answers at {uri} ({error}); start it, or leave tracking.uri empty for a local file"
         ) from error
 
 

@@ -40,15 +40,16 @@ class Awaiting:
     """Hour until which the clicks of each were known at its last look."""
     weights_K: F32
     """Above 1 for a row that was drawn and not reached: it stands for others that were passed by."""
+    given_back_K: F32
+    """What is given back to the logit of each row at later looks."""
     rows: PastRows | None = None
     """In the order of the keys; None: nothing is kept."""
 
     @classmethod
     def nothing(cls) -> "Awaiting":
         """No row was learned yet."""
-        return cls(
-            keys_K=np.empty(0, np.uint64), known_until_K=np.empty(0, np.int64), weights_K=np.empty(0, np.float32), rows=None
-        )
+        none = np.empty(0, np.float32)
+        return cls(keys_K=np.empty(0, np.uint64), known_until_K=np.empty(0, np.int64), weights_K=none, given_back_K=none)
 
     def find(self, keys_C: U64) -> I64:
         """`[C]` places of those events among the kept rows; -1 where a row is not kept."""
@@ -85,7 +86,9 @@ class Awaiting:
         looks = replace(late, labels_R=np.ones_like(late.labels_R), weights_R=(place_C >= 0).astype(np.float32))
         encoded = self.rows.take(at_C).encoded(looks, spec, ids, moments, hour)
         at_last_C = delays.log_unseen(late.hour_R, self.known_until_K[at_C])
-        return replace(encoded, log_unseen_R2=np.stack([at_last_C, np.full_like(at_last_C, LEAST_LOG)], axis=1))
+        return replace(
+            encoded, looks_R3=np.stack([at_last_C, np.full_like(at_last_C, LEAST_LOG), self.given_back_K[at_C]], axis=1)
+        )
 
     def drawn(self, delays: Delays, came: U64, known_until: int, seed: Sequence[int]) -> tuple[I64, F32]:
         """`[D]` places of rows that are looked at and still are not clicked, and the weights of these looks.
@@ -93,7 +96,7 @@ class Awaiting:
         Args:
             delays: as they were before the window.
             came: events whose click has come.
-            known_until: hour until which clicks are known by now.
+            known_until: hour until which clicks on past impressions are known by now.
             seed: of the draw.
         """
         if self.rows is None:
@@ -123,17 +126,20 @@ class Awaiting:
         looks = replace(rows.examples, labels_R=np.zeros_like(weights_D), weights_R=weights_D)
         hour_D = rows.examples.hour_R
         unseen = [delays.log_unseen(hour_D, until) for until in (self.known_until_K[places_D], known_until)]
-        return replace(rows.encoded(looks, spec, ids, moments, hour), log_unseen_R2=np.stack(unseen, axis=1))
+        looks_D3 = np.stack([*unseen, self.given_back_K[places_D]], axis=1)
+        return replace(rows.encoded(looks, spec, ids, moments, hour), looks_R3=looks_D3)
 
     def after(
         self,
         new: PastRows,
         new_keys: U64,
+        new_given_back: F32,
         *,
         came: U64,
         drawn_D: I64,
         weights_D: F32,
         reached_D: Mask,
+        end: int,
         known_until: int,
         ages: int,
     ) -> "Awaiting":
@@ -142,19 +148,21 @@ class Awaiting:
         Args:
             new: impressions that it learned as not clicked.
             new_keys: of their events.
+            new_given_back: what is given back to their logits at later looks.
             came: events whose click was learned.
             drawn_D: what `drawn` gave.
             weights_D: the same.
             reached_D: which of these looks were learned.
-            known_until: hour until which clicks are known by now.
+            end: of the window: hour until which clicks on past impressions are known by now.
+            known_until: the same of its own.
             ages: hours after the start of an impression's hour at which all its clicks are known; older rows are given up.
         """
-        until_K, weights_K = np.full(len(self.keys_K), known_until), np.ones(len(self.keys_K), np.float32)
+        until_K, weights_K = np.maximum(self.known_until_K, end), np.ones(len(self.keys_K), np.float32)
         missed = drawn_D[~reached_D]
         until_K[missed], weights_K[missed] = self.known_until_K[missed], weights_D[~reached_D]
         keys = np.concatenate([self.keys_K, new_keys])
         rows = new if self.rows is None else self.rows.plus(new)
-        stay = np.flatnonzero(~np.isin(keys, came) & (rows.examples.hour_R > known_until - ages))
+        stay = np.flatnonzero(~np.isin(keys, came) & (rows.examples.hour_R > end - ages))
         order = stay[np.argsort(keys[stay], kind="stable")]
         if not len(order):
             return Awaiting.nothing()
@@ -162,6 +170,7 @@ class Awaiting:
             keys_K=keys[order],
             known_until_K=np.concatenate([until_K, np.full(len(new_keys), known_until)])[order],
             weights_K=np.concatenate([weights_K, np.ones(len(new_keys), np.float32)])[order],
+            given_back_K=np.concatenate([self.given_back_K, new_given_back])[order],
             rows=rows.take(order),
         )
 
@@ -169,7 +178,8 @@ class Awaiting:
         """What a checkpoint keeps; nothing where nothing is kept."""
         if self.rows is None:
             return {}
-        own: Arrays = {"keys": as_saved(self.keys_K), "known_until": self.known_until_K, "look_weights": self.weights_K}
+        own: Arrays = {"keys": as_saved(self.keys_K), "known_until": self.known_until_K}
+        own |= {"look_weights": self.weights_K, "given_back": self.given_back_K}
         return {f"{PREFIX}{name}": array for name, array in (self.rows.arrays() | own).items()}
 
     @classmethod
@@ -183,5 +193,6 @@ class Awaiting:
             keys_K=saved["keys"].view(np.uint64),
             known_until_K=saved["known_until"],
             weights_K=saved["look_weights"],
+            given_back_K=saved["given_back"],
             rows=rows,
         )

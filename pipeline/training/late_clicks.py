@@ -20,7 +20,10 @@ from pipeline.data.delays import Delays
 from pipeline.data.encode import EncodedWindow, joined
 from pipeline.data.lineage import Mask
 from pipeline.data.windows import JoinedClicks
+from pipeline.evaluation.score import probabilities
 from pipeline.training.awaiting import Awaiting
+from pipeline.training.learn import click_rate
+from pipeline.training.learner import Learner
 from pipeline.training.past_rows import Arrays, PastRows
 from pipeline.training.sampling import SampledWindow, with_rows_behind
 
@@ -70,7 +73,8 @@ class LateClicks:
         shown, late = examples.take(np.flatnonzero(~late_R)), examples.take(np.flatnonzero(late_R))
         window = encode(shown)
         unseen_R = self.delays.log_unseen(shown.hour_R, clicks.known_until)
-        window = replace(window, log_unseen_R2=np.stack([np.zeros_like(unseen_R), unseen_R], axis=1))
+        none_R = np.zeros_like(unseen_R)
+        window = replace(window, looks_R3=np.stack([none_R, unseen_R, none_R], axis=1))
         if not late.num_rows:
             return window
         again = self.awaiting.clicked(keys[late_R], late, self.delays, spec, ids, window.moments, hour=hour)
@@ -93,7 +97,7 @@ class LateClicks:
 
         Args:
             came: events whose late click the window has.
-            known_until: hour until which clicks are known by now.
+            known_until: hour until which clicks on past impressions are known by now.
             hour: start of the window.
         """
         places_D, weights_D = self.awaiting.drawn(self.delays, came, known_until, seed)
@@ -114,6 +118,7 @@ class LateClicks:
         window: EncodedWindow,
         histories: Histories | None,
         looks: Looks,
+        moved_R: F32,
         *,
         reached: I64,
         reached_D: Mask,
@@ -128,6 +133,7 @@ class LateClicks:
             window: the examples, encoded.
             histories: of the examples, before the window was counted in.
             looks: that stood behind the window's rows.
+            moved_R: what learning the window moved the logits of the examples by.
             reached: rows that the pass came to.
             reached_D: the looks that it came to.
         """
@@ -137,14 +143,16 @@ class LateClicks:
         hour_E = examples.hour_R[clicked]
         age_E = np.maximum(clicks.click_hour_E[clicked] - hour_E + 1, self._age_at_last_look(keys[clicked], hour_E) + 1)
         return LateClicks(
-            delays=self.delays.after(hour_E, age_E, clicks.known_until),
+            delays=self.delays.after(hour_E, age_E, clicks.end),
             awaiting=self.awaiting.after(
                 PastRows.of(examples, window, histories, not_clicked),
                 keys[not_clicked],
+                -moved_R[not_clicked],
                 came=came,
                 drawn_D=looks.places_D,
                 weights_D=looks.weights_D,
                 reached_D=reached_D,
+                end=clicks.end,
                 known_until=clicks.known_until,
                 ages=_ages(spec),
             ),
@@ -169,6 +177,17 @@ class LateClicks:
         if self.awaiting.rows is None:
             return np.zeros(len(keys_E), np.int64)
         return np.where(place_E >= 0, self.awaiting.known_until_K[np.maximum(place_E, 0)] - hour_E, 0)
+
+
+def logits_of(learner: Learner, window: EncodedWindow) -> F32:
+    """`[R]`; of a model that has learned nothing yet, those of the click rate that it starts with."""
+    if learner.steps == 0:
+        rate = np.clip(click_rate(window), 1e-6, 1 - 1e-6)
+        return np.full(window.num_rows, np.log(rate / (1 - rate)), np.float32)
+    known = probabilities(learner.model, learner.dense_weights(averaged=False), window, device=learner.device)
+    clipped = np.clip(known.astype(np.float64), 1e-7, 1 - 1e-7)
+    logits: F32 = np.log(clipped / (1 - clipped)).astype(np.float32)
+    return logits
 
 
 def _ages(spec: DatasetSpec) -> int:

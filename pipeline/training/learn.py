@@ -116,7 +116,7 @@ def learn(
     """
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
     kept = slice(None) if kept_R is None else kept_R
-    learner.start_at(_click_rate(window, kept))
+    learner.start_at(click_rate(window, kept))
     cursor = BatchCursor.of(window.num_rows, seed=seed, stratum_R=stratum_R, kept_R=kept_R)
     num_rows = cursor.remaining
     trace = _Trace(num_rows)
@@ -264,14 +264,14 @@ def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch])
     return chunk, [slice(int(end) - share, int(end)) for end, share in zip(ends, shares, strict=True)]
 
 
-def _click_rate(window: EncodedWindow, kept: slice | npt.NDArray[np.bool_]) -> float:
+def click_rate(window: EncodedWindow, kept: slice | npt.NDArray[np.bool_] = slice(None)) -> float:
     """Of all rows, estimated from those that are kept by their weights and shifts, and from the share of clicks that is known;
     0 or 1 where these have one label only."""
     weights_R = window.weights_R[kept].astype(np.float64)
     total = float(weights_R.sum())
     rate = float(window.labels_R[kept] @ weights_R) / total if total > 0 else 0.0
-    if window.log_unseen_R2 is not None and 0 < rate < 1:
-        known_R = -np.expm1(window.log_unseen_R2[kept, 1].astype(np.float64))
+    if window.looks_R3 is not None and 0 < rate < 1:
+        known_R = -np.expm1(window.looks_R3[kept, 1].astype(np.float64))
         rate = min(rate * total / float(known_R @ weights_R), (1 + rate) / 2)
     if window.logit_shifts_R is None or not 0 < rate < 1:
         return rate

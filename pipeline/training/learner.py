@@ -231,8 +231,8 @@ class Learner:
         if chunk.batch.logit_shifts_B is not None:
             logits_m = logits_m.float() + chunk.batch.logit_shifts_B[part]
         batch = chunk.batch
-        unseen_m2 = None if batch.log_unseen_B2 is None else batch.log_unseen_B2[part]
-        loss = weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part], unseen_m2) / divisor
+        looks_m3 = None if batch.looks_B3 is None else batch.looks_B3[part]
+        loss = weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part], looks_m3) / divisor
         self.scaler.scale(loss).backward()
         return loss.detach()
 

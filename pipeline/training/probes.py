@@ -129,8 +129,8 @@ class Probes:
         if batch.logit_shifts_B is not None:
             logits_m = logits_m + batch.logit_shifts_B[rows]
         weights_m = batch.weights_B[rows]
-        unseen_m2 = None if batch.log_unseen_B2 is None else batch.log_unseen_B2[rows]
-        return float(weighted_log_loss_sum(logits_m, batch.labels_B[rows], weights_m, unseen_m2) / weights_m.sum())
+        looks_m3 = None if batch.looks_B3 is None else batch.looks_B3[rows]
+        return float(weighted_log_loss_sum(logits_m, batch.labels_B[rows], weights_m, looks_m3) / weights_m.sum())
 
     def _add(self, part: Part, rows: int, before: tuple[float, float], after: tuple[float, float]) -> None:
         self._steps.append(

@@ -113,7 +113,7 @@ def test_an_absent_version_is_named_beside_those_there_are(config: UpdateConfig)
 
 
 def test_it_waits_for_no_running_update_but_says_so(config: UpdateConfig) -> None:
-    with FileLock(config.model_dir / "lock"), pytest.raises(UpdateInProgress, match="is running"):
+    with FileLock(config.model_dir / "lock"), pytest.raises(UpdateInProgress, match="is held by"):
         roll_back(config, 3)
 
 

@@ -1,53 +1,22 @@
 """The status of a model, from its folder alone."""
 
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_schemas.errors import ConfigError
 from flows.status import status
 from flows.terminal import run_command
-from pipeline.evaluation.metrics import measure
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import append_history
 from pipeline.publishing.status import SHOWN_UPDATES, headline, status_page, status_rows
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
-
-def report(hour: int, **changed: object) -> UpdateReport:
-    rng = np.random.default_rng(hour)
-    made = UpdateReport(
-        dataset="synthetic",
-        model_name="hourly",
-        outcome="published",
-        version=hour + 1,
-        log_version=3,
-        window_start=START + timedelta(hours=hour),
-        window_end=START + timedelta(hours=hour + 1),
-        rows=1234,
-        late_rows=0,
-        rows_learned=1200,
-        rows_pending=34,
-        batch_size=512,
-        precision="fp32",
-        before=measure(rng.integers(0, 2, 200), rng.random(200), rng.integers(0, 5, 200)),
-        after=None,
-        frozen=None,
-        evaluated_rows=200,
-        seconds={"learn": 1.5},
-        budget_seconds=60.0,
-        plan=(),
-        loss_curve=(),
-        skipped_steps=0,
-        git_commit="",
-        notes=(),
-    )
-    return replace(made, **changed)  # type: ignore[arg-type]
+MakeReport = Callable[..., UpdateReport]
 
 
 class Cells(HTMLParser):
@@ -70,7 +39,7 @@ class Cells(HTMLParser):
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
+def state(tmp_path: Path, report: MakeReport) -> Path:
     folder = tmp_path / "models/hourly"
     for hour in range(SHOWN_UPDATES + 2):
         append_history(folder, report(hour))
@@ -97,14 +66,14 @@ def test_the_terminal_shows_as_many_as_it_is_asked_for(state: Path, capsys: pyte
     assert (state / "page.html").is_file()
 
 
-def test_a_note_is_text_whatever_it_holds() -> None:
+def test_a_note_is_text_whatever_it_holds(report: MakeReport) -> None:
     hostile = report(0, notes=("<script>alert(1)</script>",))
     page = status_page("<b>", status_rows([hostile], 1), plot=None, now=START)
     assert "script" not in Cells(page).tags
     assert any("<script>alert(1)</script>" in cell for cell in Cells(page).cells)
 
 
-def test_an_update_over_its_budget_is_marked_and_counted() -> None:
+def test_an_update_over_its_budget_is_marked_and_counted(report: MakeReport) -> None:
     reports = [report(0), report(1, seconds={"learn": 61.0})]
     late, _ = status_rows(reports, 2)
     assert late.over_budget
@@ -121,3 +90,19 @@ def test_wrong_parameters_name_the_way_out(state: Path, capsys: pytest.CaptureFi
         status(state_dir=str(state), last=0)
     assert run_command(status, status, ["--state-dir", str(state), "--model-name", "absent"], name="status") == 1
     assert "there is no model in" in capsys.readouterr().err
+
+
+def test_after_a_rollback_the_headline_tells_of_the_version_that_serves(report: MakeReport) -> None:
+    reports = [report(0), report(1), report(2, outcome="held", serving=2)]
+    proven = "hourly: version 2 serves; 3 of 3 updates shown, all inside the budget; learned up to 2026-01-01 02:00 UTC"
+    ahead = f"{proven}; version 3 has learned up to 2026-01-01 03:00 UTC and is not proven yet"
+    assert headline("hourly", reports, 2, 3) == ahead
+    assert headline("hourly", reports, 2) == proven
+    assert "version 1 serves" in headline("hourly", reports, 1)
+    assert "learned up to 2026-01-01 01:00 UTC" in headline("hourly", reports, 1)
+
+
+def test_an_update_that_made_no_version_is_not_marked_as_the_one_that_serves(report: MakeReport) -> None:
+    rejected, published = status_rows([report(0), report(1, outcome="rejected", version=1)], 1)
+    assert (rejected.version, rejected.serves, rejected.attention) == ("-", False, True)
+    assert (published.version, published.serves, published.attention) == ("1", True, False)

@@ -13,11 +13,11 @@ LOGITS = torch.linspace(-6, 5, 12)
 
 def look(logits: torch.Tensor, place: int, *, clicked: bool) -> torch.Tensor:
     """`[B]` losses of the look after `place`."""
-    unseen = torch.log(1 - KNOWN[place : place + 2]).clamp(min=-80).float().expand(len(logits), 2)
+    looks = torch.cat([torch.log(1 - KNOWN[place : place + 2]).clamp(min=-80).float(), torch.zeros(1)]).expand(len(logits), 3)
     labels = torch.full_like(logits, float(clicked))
     ones = torch.ones(1)
-    rows = zip(logits.split(1), labels.split(1), unseen.split(1), strict=True)
-    return torch.stack([weighted_log_loss_sum(logit, label, ones, log_unseen) for logit, label, log_unseen in rows])
+    rows = zip(logits.split(1), labels.split(1), looks.split(1), strict=True)
+    return torch.stack([weighted_log_loss_sum(logit, label, ones, own) for logit, label, own in rows])
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -32,10 +32,10 @@ def test_a_look_has_the_log_loss_of_what_happened_since_the_last(place: int, cli
 
 def test_without_delay_it_is_the_log_loss() -> None:
     weights, labels = torch.rand(12, generator=torch.Generator().manual_seed(0)), (LOGITS > 1).float()
-    all_known = torch.tensor([0.0, -80.0]).expand(12, 2)
+    all_known = torch.tensor([0.0, -80.0, 0.0]).expand(12, 3)
     plain = (binary_cross_entropy_with_logits(LOGITS, labels, reduction="none") * weights).sum()
-    for unseen in (None, all_known):
-        torch.testing.assert_close(weighted_log_loss_sum(LOGITS, labels, weights, unseen), plain)
+    for looks in (None, all_known):
+        torch.testing.assert_close(weighted_log_loss_sum(LOGITS, labels, weights, looks), plain)
 
 
 def test_the_looks_of_a_row_add_up_to_the_likelihood_of_when_it_was_clicked() -> None:
@@ -56,3 +56,11 @@ def test_no_look_moves_a_model_that_is_right(place: int) -> None:
     expected_loss = chance * look(logits, place, clicked=True) + (1 - chance) * look(logits, place, clicked=False)
     (gradient,) = torch.autograd.grad(expected_loss.sum(), logits)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=2e-6)
+
+
+def test_what_is_given_back_moves_the_logit() -> None:
+    ones, labels = torch.ones(12), (LOGITS > 1).float()
+    looks = torch.stack([torch.full((12,), -0.3), torch.full((12,), -1.0), torch.linspace(-1, 2, 12)], dim=1)
+    moved = torch.cat([looks[:, :2], torch.zeros(12, 1)], dim=1)
+    first = weighted_log_loss_sum(LOGITS, labels, ones, looks)
+    torch.testing.assert_close(first, weighted_log_loss_sum(LOGITS + looks[:, 2], labels, ones, moved))

@@ -43,6 +43,7 @@ def joined_clicks(known_until: int, click_hour_E: np.ndarray[tuple[int], np.dtyp
         example_W=none,
         clicked_I=clicked_I,
         known_until=known_until,
+        end=known_until,
         click_hour_E=click_hour_E,
         corrected=(),
         waiting=0,
@@ -82,6 +83,7 @@ class Model:
             window,
             self.memory.histories(examples),
             looks,
+            np.full(examples.num_rows, -0.25, np.float32),
             reached=np.arange(examples.num_rows),
             reached_D=np.ones(len(looks.places_D), bool) if reached_D is None else reached_D,
             spec=self.spec,
@@ -127,9 +129,10 @@ def test_a_late_click_is_learned_with_what_was_known_at_its_impressions_own_time
     assert window.labels_R[20:].tolist() == [1, 1, 1]
     assert window.weights_R[20:].tolist() == [1, 1, 1]
     shares = model.late.delays.known_shares()
-    assert window.log_unseen_R2 is not None
-    np.testing.assert_allclose(np.exp(window.log_unseen_R2[20:, 0]), 1 - shares[1], rtol=1e-5)
-    np.testing.assert_allclose(np.exp(window.log_unseen_R2[:20]), [[1, 1 - shares[1]]] * 20, rtol=1e-5)
+    assert window.looks_R3 is not None
+    np.testing.assert_allclose(np.exp(window.looks_R3[20:, 0]), 1 - shares[1], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(window.looks_R3[:20, :2]), [[1, 1 - shares[1]]] * 20, rtol=1e-5)
+    assert window.looks_R3[:, 2].tolist() == [0.0] * 20 + [0.25] * 3, "what learning the first look moved is given back"
     np.testing.assert_allclose(window.known_share(np.arange(20)), shares[1], rtol=1e-5)
 
 
@@ -186,10 +189,12 @@ def test_looks_stand_for_all_rows_and_those_not_reached_stand_for_theirs_later(m
     after = awaiting.after(
         nothing,
         np.empty(0, np.uint64),
+        np.empty(0, np.float32),
         came=came,
         drawn_D=looks.places_D,
         weights_D=looks.weights_D,
         reached_D=reached,
+        end=until,
         known_until=until,
         ages=9,
     )
@@ -251,31 +256,24 @@ CTR, QUICK = 0.3, 0.25
 """One click of four comes in the hour of its impression."""
 
 
-def test_a_model_of_late_clicks_predicts_how_many_will_come(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay_hours", [0, 2])
+def test_a_model_of_late_clicks_predicts_how_many_will_come(tmp_path: Path, delay_hours: int) -> None:
     (tmp_path / "late.toml").write_text(TOML)
     (tmp_path / "landing").mkdir()
     places = [f"dataset={tmp_path / 'late.toml'}", f"landing={tmp_path / 'landing'}", f"state_dir={tmp_path / 'state'}"]
     own = ["model.hidden=[4]", "model.interaction_dim=4", "training.precision='fp32'", "training.dense_learning_rate=0.02"]
-    config = load_config(
-        overrides=[
-            *places,
-            *own,
-            "training.batch_policy=fixed",
-            "training.batch_size=64",
-            "tracking.enabled=false",
-            "alarms.action=off",
-        ]
-    )
+    plain = ["training.batch_policy=fixed", "training.batch_size=64", "tracking.enabled=false", "alarms.action=off"]
+    config = load_config(overrides=[*places, *own, *plain, f"window.label_delay_minutes={60 * delay_hours}"])
     spec, rng = load_spec(config.dataset), np.random.default_rng(0)
     log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
     start, predicted, known, corrected = datetime(2026, 1, 1, tzinfo=UTC), [], [], 0
-    delayed: list[tuple[int, str]] = []
+    delayed: list[tuple[int, int, str]] = []
     for hour in range(16):
         clicked = rng.random(600) < CTR
         delay = np.where(rng.random(600) < QUICK, 0, rng.integers(1, 4, 600))
         ids = [f"{hour}-{row}" for row in range(600)]
-        delayed += [(hour + int(delay[row]), ids[row]) for row in np.flatnonzero(clicked)]
-        now = [event for due, event in delayed if due == hour]
+        delayed += [(hour, hour + int(delay[row]), ids[row]) for row in np.flatnonzero(clicked)]
+        now = [event for _, due, event in delayed if due == hour]
         end = start + timedelta(hours=hour + 1)
         columns = {"event_id": ids, "time": _times(end, 600, minutes=60), "user": rng.integers(0, 20, 600)}
         pq.write_table(pa.table(columns), tmp_path / "landing" / f"shown-{hour}.parquet")
@@ -283,15 +281,20 @@ def test_a_model_of_late_clicks_predicts_how_many_will_come(tmp_path: Path) -> N
         pq.write_table(pa.table(clicks), tmp_path / "landing" / f"clicks-{hour}.parquet")
         ingest_landing(config.landing, log, quarantine, spec, now=end)
         report = run_update(config, now=end)
+        if hour < delay_hours:
+            assert report is None
+            continue
         assert report is not None
+        assert not any("not learned" in note for note in report.notes)
         corrected += report.clicks_corrected
         if hour >= 11:
             assert report.before is not None
             predicted.append(report.before.mean_probability / report.clicks_known_share)
             known.append(report.clicks_known_share)
-    assert np.mean(known) == pytest.approx(QUICK, abs=0.03)
+    assert np.mean(known) == pytest.approx(QUICK + delay_hours * (1 - QUICK) / 3, abs=0.03)
     assert np.mean(predicted) == pytest.approx(CTR, abs=0.03)
-    assert corrected == len([due for due, event in delayed if int(event.split("-")[0]) < due < 16])
+    late = [due for shown, due, _ in delayed if shown + delay_hours < due < 16 - delay_hours]
+    assert corrected == len(late)
 
 
 def _times(end: datetime, count: int, *, minutes: int) -> pa.Array:

@@ -432,7 +432,7 @@ def test_ids_seen_often_enough_are_learned_at_once_and_reported(config: UpdateCo
 
 def test_an_update_in_progress_is_respected(config: UpdateConfig) -> None:
     config.model_dir.mkdir(parents=True)
-    with FileLock(config.model_dir / "lock"), pytest.raises(UpdateInProgress, match="another update"):
+    with FileLock(config.model_dir / "lock"), pytest.raises(UpdateInProgress, match="is held by"):
         run_update(config)
 
 

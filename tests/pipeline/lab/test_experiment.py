@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_schemas.errors import ConfigError
-from pipeline.lab.experiment import Finding, main_of, parameters_of
+from pipeline.lab.experiment import Finding, main_of, parameters_of, refuse_out_of_range
 from pipeline.lab.figures import canvas, look, name_axes, small_png
 
 
@@ -55,6 +55,16 @@ def test_a_wrong_parameter_is_told_in_one_line(capsys: pytest.CaptureFixture[str
         main_of(halved, ["--numbr", "6"])
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_number_out_of_range_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main_of(halved, ["--number", "0"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: number must be above 0, got 0.0\n"
+    with pytest.raises(ConfigError, match="seed must be at least 0, got -1"):
+        refuse_out_of_range(halved, {"seed": -1})
+    refuse_out_of_range(halved, {"seed": 0, "number": 0.1})
 
 
 def test_parameters_are_as_given_else_the_defaults() -> None:

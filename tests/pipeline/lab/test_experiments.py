@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.lab import catalogue
-from pipeline.lab.experiment import Finding, Run, parameters_of
+from pipeline.lab.experiment import Finding, Run, main_of, parameters_of
 from pipeline.lab.figures import small_png
 
 MOST_BYTES = 60_000
@@ -96,6 +96,16 @@ def test_its_parameters_have_defaults_and_are_explained(run: Run) -> None:
     assert set(SMALL[name_of(run)]) <= set(parameters_of(run))
     assert run.__doc__ is not None
     assert all(f"        {name}: " in run.__doc__ for name in parameters_of(run))
+
+
+@pytest.mark.parametrize("run", catalogue.EXPERIMENTS, ids=name_of)
+def test_it_is_a_command_whose_help_names_every_parameter(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main_of(run, ["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"python -m {run.__module__} " in printed
+    assert all(f"--{name.replace('_', '-')}" in printed for name in [*parameters_of(run), "figure"])
 
 
 def test_the_sentence_about_variance_follows_the_result() -> None:
