@@ -157,8 +157,8 @@ def sentence(
     longer = next(rule.name for rule in RULES if rule.same_steps)
     return (
         f"With the rate unchanged a batch of {batch} changes held-out AUC by {changes['rate unchanged']}, with the linear rule "
-        f"by {changes['linear rule']}, to which warm-up adds {_signed(warmed.estimate)}. Of the rules on the same rows the best "
-        f"is {best!r} with {changes[best]}, {verdicts[best]}; as many steps, on more rows, give {changes[longer]}, "
+        f"by {changes['linear rule']}, to which warm-up adds {_signed(warmed.estimate)}. On the same rows the best rule is "
+        f"{best!r} with {changes[best]}, {verdicts[best]}; as many steps, on more rows, give {changes[longer]}, "
         f"{verdicts[longer]}."
     )
 

@@ -62,7 +62,7 @@ def run(
     figure, panels = canvas(len(PARTS), panel_inches=4.2)
     for axes, part in zip(panels, PARTS, strict=True):
         draw(axes, {fault.name: seen[fault.name][part] for fault in faults}, verdicts)
-        name_axes(axes, f"A {part} step; at the end of a line, what is blamed", "change of the log loss (nats)", "")
+        name_axes(axes, f"A {part} step, and what is blamed", "change of the log loss (nats)", "")
     legend(panels[0], loc="lower right")
     correct = {fault.name: verdicts[fault.name].count(fault.expected) for fault in faults}
     return Finding(
