@@ -1,7 +1,7 @@
 """What half precision costs and gains: fp32, bf16 and fp16, with and without a scaled loss, against the batch size.
 
-Enters: generated clicks and the model of the pipeline. Leaves: CPU time of a row, memory held for the backward pass and held-out
-AUC in each arithmetic; and the share of a batch's gradients that fp16 rounds to zero.
+Enters: generated clicks and the model of the pipeline. Leaves: CPU time of a row, memory held for the backward pass and
+held-out AUC in each arithmetic; and the share of a batch's gradients that fp16 rounds to zero.
 
 The loss is a mean over b rows, so the gradient of a row's activations goes with 1 / b: the larger the batch, the more of it
 falls below 2^-25, where fp16 becomes zero. A scaled loss lifts it (Micikevicius et al. 2018, *Mixed Precision Training*); bf16
