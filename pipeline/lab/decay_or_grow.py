@@ -93,7 +93,7 @@ def run(
         axes.plot(at, loss_ST.mean(axis=0), **look(number), label=name)
     for mark in marks:
         axes.axvline(mark, color="#6b6b6b", lw=1, ls=":")
-    name_axes(axes, "At dotted lines the rate falls, or the batch grows", "passes over the rows", "held-out log loss (nats)")
+    name_axes(axes, "Dotted: the rate falls, or the batch grows", "passes over the rows", "held-out log loss (nats)")
     legend(axes)
     return Finding(
         name="decay_or_grow",

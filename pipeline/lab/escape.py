@@ -127,7 +127,7 @@ def sentence(
     if abs(in_proportion[-1] - in_proportion[0]) < 0.5 * (same_steps[0] - same_steps[-1]):
         return (
             f"{claim}; with the rate in proportion to the batch it is {in_proportion[-1]:.0%} with {large}, so that what "
-            "leaves is the ratio of rate to batch, not the small batch itself."
+            "lets a run leave is the ratio of rate to batch, not the small batch itself."
         )
     return f"{claim}; with the rate in proportion to the batch it is {in_proportion[-1]:.0%}: the batch itself matters."
 

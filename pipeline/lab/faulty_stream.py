@@ -2,7 +2,7 @@
 
 Enters: a seed and faults. Leaves: what the diagnosis of the pipeline says of each, and what its probes saw.
 
-A run learns three healthy days, hour by hour. A fault of the rate or of the batch begins six hours before the hour that is
+A run learns some healthy days, hour by hour. A fault of the rate or of the batch begins six hours before the hour that is
 diagnosed; drift begins with that hour.
 """
 
@@ -66,9 +66,9 @@ class Found:
     probed: Probed
 
 
-def diagnosed(seed: int, faults: Sequence[Fault]) -> dict[str, Found]:
-    """What is found in the first hour of the fourth day, by the name of the fault; all share the healthy days before it."""
-    last = 24 * DAYS
+def diagnosed(seed: int, faults: Sequence[Fault], *, days: int = DAYS) -> dict[str, Found]:
+    """What is found in the first hour after `days` healthy days, which all faults share; by the name of the fault."""
+    last = 24 * days
     training = TrainingConfig(batch_size=HEALTHY_BATCH, micro_batch_size=HEALTHY_BATCH, precision="fp32", seed=seed)
     run = Run(FaultyStream(seed), training)
     early: dict[str, Run] = {}
@@ -81,7 +81,7 @@ def diagnosed(seed: int, faults: Sequence[Fault]) -> dict[str, Found]:
         other = early.get(fault.name) or run.copy(fault)
         for hour in range(last - HOURS_OF_FAULT, last) if fault.begins_early else ():
             other.learn(hour)
-        found[fault.name] = other.learn(last, shifted=fault.drifts)
+        found[fault.name] = other.learn(last, shifted=fault.drifts, probes=True)
     return found
 
 
@@ -154,7 +154,7 @@ class Run:
         self.moments: RunningMoments | None = None
         self.history: list[dict[str, Any]] = []
 
-    def learn(self, hour: int, *, shifted: bool = False) -> Found:
+    def learn(self, hour: int, *, shifted: bool = False, probes: bool = False) -> Found:
         """Predicts an hour, learns it, and says what was seen. Only hours that are compared with are predicted."""
         learner, config = self.learner, self.learner.config
         window = encode(self.stream.hour(hour, shifted=shifted), SPEC, Memory(SPEC), self.moments, hour=hour)
@@ -163,8 +163,7 @@ class Run:
             scored = probabilities(learner.model, learner.dense_weights(averaged=True), window, device=torch.device("cpu"))
             before = measure(window.labels_R, scored, window.user_R)
         policy = FixedBatch(batch_size=config.batch_size, learning_rate=config.dense_learning_rate)
-        probe_rows = PROBE_ROWS if hour == 24 * DAYS else 0
-        learned = learn(learner, window, seed=[self.stream.seed, hour], policy=policy, probe_rows=probe_rows)
+        learned = learn(learner, window, seed=[self.stream.seed, hour], policy=policy, probe_rows=PROBE_ROWS if probes else 0)
         probed = learned.probed or Probed(steps=(), log_losses=(), gradient_norms=())
         seen = (probed.steps, probed.log_losses, probed.gradient_norms)
         _, found = judge_steadiness(*seen, hour=hour, before=before, probabilities=None, history=self.history)

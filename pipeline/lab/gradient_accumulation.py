@@ -103,8 +103,8 @@ def accumulated(net: nn.Module, features_BD: torch.Tensor, labels_B: torch.Tenso
 def relative_distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """|found - wanted| / |wanted|.
 
-    >>> relative_distance(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
-    0.2
+    >>> relative_distance(torch.tensor([3.0, 6.5]), torch.tensor([3.0, 4.0]))
+    0.5
     """
     return float((found - wanted).norm() / wanted.norm())
 

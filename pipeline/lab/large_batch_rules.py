@@ -96,6 +96,7 @@ def run(
     large = [rule.name for rule in RULES if rule.raised]
     differences = {name: paired_difference(held_out[name], held_out["reference"]) for name in large}
     adjusted = dict(zip(large, holm([differences[name].p_value for name in large]), strict=True))
+    warmed = paired_difference(held_out["linear, warm-up"], held_out["linear rule"])
     figure, (axes,) = canvas(panel_inches=4.4)
     for place, rule in enumerate(reversed(RULES)):
         found = estimates[rule.name]
@@ -105,11 +106,11 @@ def run(
     axes.set_yticks(range(len(RULES)), [rule.name for rule in reversed(RULES)])
     axes.axvline(estimates["reference"].mean, color=GREEN, lw=1.2, ls=":")
     axes.grid(axis="y", visible=False)
-    name_axes(axes, f"Batch {reference_batch} (squares) raised to {times * reference_batch} (circles)", "held-out AUC", "")
+    name_axes(axes, f"Squares {reference_batch}, circles {times * reference_batch} rows", "held-out AUC", "")
     return Finding(
         name="large_batch_rules",
         question=f"Which rule wins back what a batch raised from {reference_batch} to {times * reference_batch} loses?",
-        sentence=sentence(times * reference_batch, differences, adjusted),
+        sentence=sentence(times * reference_batch, differences, adjusted, warmed),
         columns=("rule", "held-out AUC", "low", "high", "less reference", "p (Holm)", "learned less held-out AUC"),
         rows=tuple(
             (name, found.mean, found.low, found.high, *_less(name, differences, adjusted), _mean(gaps[name]))
@@ -139,23 +140,33 @@ def aucs(data: Clicks, rule: Rule, *, batch: int, times: int, rate: float, passe
     return loss_and_auc(net, data, data.learned)[1], loss_and_auc(net, data, data.held_out)[1]
 
 
-def sentence(batch: int, differences: Mapping[str, PairedDifference], adjusted: Mapping[str, float]) -> str:
+def sentence(
+    batch: int, differences: Mapping[str, PairedDifference], adjusted: Mapping[str, float], warmed: PairedDifference
+) -> str:
     """The answer.
 
     Args:
-        adjusted: p-values, for all rules at once.
+        differences: from the reference.
+        adjusted: their p-values, for all rules at once.
+        warmed: the linear rule with warm-up, less the linear rule.
     """
-    unchanged = differences["rate unchanged"].estimate
-    linear, warm = differences["linear rule"].estimate, differences["linear, warm-up"].estimate
-    best = max(differences, key=lambda name: differences[name].estimate.mean)
-    found, certain = differences[best].estimate, adjusted[best] < 0.05
-    verdict = "not to be told from the reference" if not certain else "above it" if found.mean > 0 else "still below it"
-    warmed = warm.mean - linear.mean
+    same_rows = [rule.name for rule in RULES if rule.raised and not rule.same_steps]
+    best = max(same_rows, key=lambda name: differences[name].estimate.mean)
+    verdicts = {name: _verdict(found, adjusted[name]) for name, found in differences.items()}
+    changes = {name: _signed(found.estimate) for name, found in differences.items()}
+    longer = next(rule.name for rule in RULES if rule.same_steps)
     return (
-        f"With the rate unchanged a batch of {batch} changes held-out AUC by {_signed(unchanged)}, with the linear rule by "
-        f"{_signed(linear)}; warm-up {'adds' if warmed >= 0 else 'takes'} {abs(warmed):.4f}. Best is {best!r} with "
-        f"{_signed(found)}, {verdict}."
+        f"With the rate unchanged a batch of {batch} changes held-out AUC by {changes['rate unchanged']}, with the linear rule "
+        f"by {changes['linear rule']}, to which warm-up adds {_signed(warmed.estimate)}. On the same rows the best rule is "
+        f"{best!r} with {changes[best]}, {verdicts[best]}; as many steps, on more rows, give {changes[longer]}, "
+        f"{verdicts[longer]}."
     )
+
+
+def _verdict(found: PairedDifference, p_value: float) -> str:
+    if p_value >= 0.05:
+        return "not to be told from the reference"
+    return "above the reference" if found.estimate.mean > 0 else "below the reference"
 
 
 def _less(

@@ -1,7 +1,7 @@
 """What half precision costs and gains: fp32, bf16 and fp16, with and without a scaled loss, against the batch size.
 
-Enters: generated clicks and the model of the pipeline. Leaves: time of a row, memory held for the backward pass and held-out
-AUC in each arithmetic; and the share of a batch's gradients that fp16 rounds to zero.
+Enters: generated clicks and the model of the pipeline. Leaves: CPU time of a row, memory held for the backward pass and
+held-out AUC in each arithmetic; and the share of a batch's gradients that fp16 rounds to zero.
 
 The loss is a mean over b rows, so the gradient of a row's activations goes with 1 / b: the larger the batch, the more of it
 falls below 2^-25, where fp16 becomes zero. A scaled loss lifts it (Micikevicius et al. 2018, *Mixed Precision Training*); bf16
@@ -76,7 +76,7 @@ def run(
         {"fp16": lost[1.0], f"fp16, loss x {LOSS_SCALE:g}": lost[LOSS_SCALE], "bf16": lost_bf16}.items()
     ):
         upper.plot(batch_sizes, [100 * value for value in share], **look(number), label=name)
-    tick_sizes(upper, batch_sizes, [str(size) for size in batch_sizes])
+    tick_sizes(upper, batch_sizes)
     name_axes(upper, "Gradients that round to zero", "batch size (rows)", "% of those that are not zero")
     legend(upper)
     names = [arm.name for arm in ARMS]
@@ -87,14 +87,14 @@ def run(
     lower.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
     lower.invert_yaxis()
     lower.grid(axis="y", visible=False)
-    name_axes(lower, "The pipeline's model", "microseconds a row", "")
+    name_axes(lower, "The pipeline's model", "CPU microseconds a row", "")
     return Finding(
         name="mixed_precision",
         question="What does half precision gain, and what does it cost?",
         sentence=sentence(seconds, memory, aucs, batch_sizes, lost[1.0], lost[LOSS_SCALE]),
         columns=(
             "arithmetic",
-            "microseconds a row",
+            "CPU microseconds a row",
             "bytes a row kept",
             "held-out AUC",
             *_lost_columns(batch_sizes),
@@ -152,7 +152,7 @@ def learner_of(arm: Arm, *, batch: int, seed: int = 0) -> Learner:
 
 
 def row_seconds(data: Clicks, *, batch: int, rounds: int) -> dict[str, float]:
-    """Seconds of a row in each arithmetic: medians over interleaved rounds, after one that warms up."""
+    """CPU seconds of a row in each arithmetic: medians over interleaved rounds, after one that warms up."""
     learners = {arm.name: learner_of(arm, batch=batch) for arm in ARMS}
     rows = min(len(data.learned), 4 * batch)
     taken: dict[str, list[float]] = {name: [] for name in learners}
@@ -226,9 +226,9 @@ def _learn(learner: Learner, data: Clicks, *, rows: int, batch: int, seed: int) 
 
 
 def _timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def _lost_columns(batch_sizes: Sequence[int]) -> list[str]:

@@ -3,7 +3,7 @@
 Enters: batch sizes, powers of two and others near them. Leaves: the time of a row in each, and how far each lies from the line
 `t(b) = f + d b` that the sizes share.
 
-Times are medians over interleaved rounds, so that a disturbance of the machine falls on all sizes alike.
+Times are CPU times, medians over interleaved rounds, so that a disturbance of the machine falls on all sizes alike.
 
 Letters: S sizes, T rounds.
 """
@@ -58,14 +58,14 @@ def run(
         axes.plot(np.array(sizes)[chosen_S], micros_S[chosen_S], marker, color=colour, ms=8, label=name)
     tick_sizes(axes, [2**power for power in powers])
     axes.set_ylim(bottom=0)
-    name_axes(axes, "Forward and backward of a small network", "batch size (rows)", "microseconds a row")
+    name_axes(axes, "Forward and backward of a small network", "batch size (rows)", "CPU microseconds a row")
     legend(axes)
     own, other = excess_S[power_S], excess_S[~power_S]
     return Finding(
         name="power_of_two",
         question="Are batch sizes that are powers of two faster than others?",
         sentence=sentence(own, other),
-        columns=("batch (rows)", "kind", "microseconds a row", "microseconds a step", "off the shared line"),
+        columns=("batch (rows)", "kind", "CPU microseconds a row", "CPU microseconds a step", "off the shared line"),
         rows=tuple(
             (size, _kind(size), float(micros_S[place]), float(1e6 * seconds_S[place]), float(excess_S[place]))
             for place, size in enumerate(sizes)
@@ -76,7 +76,7 @@ def run(
 
 
 def seconds_by_size(sizes: Sequence[int], *, num_features: int, rounds: int, seed: int) -> F64:
-    """`[T, S]` seconds of one forward and backward pass; each round takes the sizes in an order of its own."""
+    """`[T, S]` CPU seconds of one forward and backward pass; each round takes the sizes in an order of its own."""
     rng = np.random.default_rng(seed)
     net = small_net(num_features, hidden=(64, 32), seed=seed)
     features_RD = torch.from_numpy(rng.normal(size=(max(sizes), num_features)).astype(np.float32))
@@ -118,16 +118,16 @@ def sentence(own: F64, other: F64) -> str:
     error = float(np.sqrt(own.var(ddof=1) / len(own) + other.var(ddof=1) / len(other)))
     figures = f"{abs(difference):.1%} {'less' if difference < 0 else 'more'} time than the others on the line that all share"
     if abs(difference) <= 2 * error:
-        return f"Powers of two take {figures}, within two standard errors ({error:.1%}): here they are not faster."
+        return f"Powers of two take {figures}, less than two standard errors (of {error:.1%}): no difference was found."
     verdict = "faster" if difference < 0 else "slower"
     return f"Powers of two take {figures} (standard error {error:.1%}): here they are {verdict}."
 
 
 def _seconds(net: nn.Module, features_BD: torch.Tensor, labels_B: torch.Tensor) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     log_loss(net, features_BD, labels_B).backward()
     net.zero_grad()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def _kind(size: int) -> str:

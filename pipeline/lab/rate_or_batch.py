@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from pipeline.evaluation.diagnosis import Part, Verdict
 from pipeline.lab.experiment import Cell, Finding, main_of
-from pipeline.lab.faulty_stream import Fault, Found, diagnosed
+from pipeline.lab.faulty_stream import DAYS, Fault, Found, diagnosed
 from pipeline.lab.figures import canvas, legend, name_axes
 from pipeline.publishing.plots import BLUE, ORANGE
 
@@ -45,6 +45,7 @@ def run(
     rate_times: tuple[float, ...] = (3.0, 10.0, 30.0),
     batch_sizes: tuple[int, ...] = (64, 16, 8),
     seeds: tuple[int, ...] = (100,),
+    days: int = DAYS,
 ) -> Finding:
     """A run that does not learn well tells whether its rate or its batch is to blame.
 
@@ -52,15 +53,16 @@ def run(
         rate_times: strengths of a rate too high, above 1, on all learning rates.
         batch_sizes: strengths of a batch too small, below the healthy 256.
         seeds: of streams.
+        days: that are learned without a fault; after fewer than 2 no hour is compared with one of an earlier day.
     """
     faults = planted(rate_times, batch_sizes)
-    found = {seed: diagnosed(seed, faults) for seed in seeds}
+    found = {seed: diagnosed(seed, faults, days=days) for seed in seeds}
     verdicts = {fault.name: [found[seed][fault.name].diagnosis.verdict for seed in seeds] for fault in faults}
     seen = {fault.name: seen_of([found[seed][fault.name] for seed in seeds]) for fault in faults}
     figure, panels = canvas(len(PARTS), panel_inches=4.2)
     for axes, part in zip(panels, PARTS, strict=True):
         draw(axes, {fault.name: seen[fault.name][part] for fault in faults}, verdicts)
-        name_axes(axes, f"A {part} step; at the end of a line, what is blamed", "change of the log loss (nats)", "")
+        name_axes(axes, f"A {part} step, and what is blamed", "change of the log loss (nats)", "")
     legend(panels[0], loc="lower right")
     correct = {fault.name: verdicts[fault.name].count(fault.expected) for fault in faults}
     return Finding(

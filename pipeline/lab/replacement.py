@@ -88,6 +88,7 @@ def run(
         lower.plot(range(len(once)), once, color=style["color"], lw=2.4, marker=style["marker"], ms=6, label=name)
         lower.plot(range(len(twice)), twice, color=style["color"], lw=2, ls=":", marker=style["marker"], ms=6, mfc="white")
     lower.set_yscale("log")
+    lower.set_xticks(range(max(len(once) for once, _ in doubled.values())))
     name_axes(lower, "Dotted: every row doubled", "passes over the rows", "loss above the best")
     legend(lower)
     speeds = {name: (once[1], twice[1], once[2]) for name, (once, twice) in doubled.items()}

@@ -72,7 +72,7 @@ def run(
     upper.set_ylim(decays[0] * 0.7, decays[-1] * 1.4)
     upper.minorticks_off()
     name_axes(upper, "Best weight decay", "batch size (rows)", "weight decay")
-    name_axes(lower, "What it is worth", "batch size (rows)", "held-out log loss (nats)")
+    name_axes(lower, "What it is worth: dotted, next to none", "batch size (rows)", "held-out log loss (nats)")
     legend(upper)
     legend(lower, fontsize=9.5)
     return Finding(

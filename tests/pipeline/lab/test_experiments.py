@@ -38,10 +38,29 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "sharpness": {"num_rows": 256, "sizes": (16, 128), "small_passes": 2, "most_steps": 60, "seeds": 2, "directions": 1},
     "temperature": {"num_rows": 256, "sizes": (16, 64), "passes": 4, "seeds": 1},
+    "escape": {"batch_sizes": (8, 16), "rows": 4000, "runs": 20},
+    "large_batch_rules": {"reference_batch": 32, "times": 4, "num_rows": 256, "passes": 1, "seeds": 2},
+    "gradient_accumulation": {"batch_size": 32, "micro_batch_sizes": (4, 16), "rows": 64},
+    "mixed_precision": {"batch_sizes": (64, 512), "training_batch": 64, "num_rows": 256, "rounds": 1, "seeds": 1},
+    "decay_or_grow": {"batch_size": 16, "factor": 2, "marks": (1,), "passes": 2, "num_rows": 256, "seeds": 2},
+    "replacement": {"num_rows": 32, "learning_rates": (0.05, 0.1), "runs": 4, "passes": 12},
+    "weight_decay": {"batch_sizes": (16, 64), "decays": (0.001, 0.1), "num_rows": 256, "passes": 2, "seeds": 1},
+    "normalisation": {"batch_sizes": (16, 64), "num_rows": 256, "seeds": 2},
+    "power_of_two": {"powers": (3, 4), "offsets": (0.7, 1.3), "rounds": 2},
+    "warmup_length": {"batch_sizes": (32, 128), "shares": (0.0, 0.5), "num_rows": 256, "passes": 2, "seeds": 1},
+    "devices": {"workers": 2, "batch_size": 16, "periods": (4,), "num_rows": 256, "passes": 1, "seeds": 1},
+    "rate_or_batch": {"rate_times": (30.0,), "batch_sizes": (), "days": 1},
 }
 """Parameters that make an experiment take a moment."""
-TIMED = ("hardware", "time_to_target", "gradient_descent")
+TIMED = ("hardware", "time_to_target", "gradient_descent", "mixed_precision", "power_of_two")
 """Their figures hold seconds, which no second run repeats."""
+LONG = ("rate_or_batch",)
+"""Even small they take seconds."""
+REPEATED = [
+    pytest.param(run, marks=pytest.mark.slow) if run.__module__.endswith(LONG) else run
+    for run in catalogue.EXPERIMENTS
+    if not run.__module__.endswith(TIMED)
+]
 
 
 def name_of(run: Run) -> str:
@@ -68,7 +87,7 @@ def test_it_answers_and_draws(run: Run) -> None:
         assert right_end <= finding.figure.bbox.width, f"the title {title!r} is cut off"
 
 
-@pytest.mark.parametrize("run", [run for run in catalogue.EXPERIMENTS if name_of(run) not in TIMED], ids=name_of)
+@pytest.mark.parametrize("run", REPEATED, ids=name_of)
 def test_it_finds_the_same_again(run: Run) -> None:
     first, again = small(run), small(run)
     assert first.sentence == again.sentence
