@@ -123,7 +123,7 @@ def _show(settings: UpdateConfig, results: Sequence[Result], target: Path, page:
     console = Console(width=None if sys.stdout.isatty() else 160)
     for result in results:
         print_finding(result.finding, console)
-        console.print(f"({result.seconds:.1f} s)\n", highlight=False)
+        console.print(f"({result.cpu_seconds:.1f} CPU seconds)\n", highlight=False)
     tell(f"page: {target}")
     if page is not None:
         tell(f"renewed: {page}")

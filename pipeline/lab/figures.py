@@ -4,6 +4,7 @@ Colours are Okabe and Ito's (2008); lines differ by dash and marker too, and car
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+TITLE_CHARACTERS = 38
 MANY_TICKS = 3_000
 """An axis that spans more has ticks at powers of ten only."""
 MOST_COLOURS = 48
@@ -48,8 +50,8 @@ def canvas(panels: int = 1, *, panel_inches: float = 3.5) -> tuple[Figure, list[
 
 
 def name_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """What a panel shows, above it on the left, and its axes with their units."""
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=10)
+    """What a panel shows, above it on the left, and its axes with their units; a long title takes two lines."""
+    axes.set_title(textwrap.fill(title, TITLE_CHARACTERS), loc="left", fontsize=13, fontweight="bold", pad=10)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
 

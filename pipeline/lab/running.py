@@ -26,6 +26,8 @@ class Result:
     parameters: dict[str, str]
     seconds: float
     """Wall time."""
+    cpu_seconds: float
+    """Of the process, while it ran."""
 
 
 def name_of(run: Run) -> str:
@@ -66,13 +68,14 @@ def run_all(runs: Sequence[Run], *, workers: int) -> Iterator[Result]:
 
 def result_of(run: Run) -> Result:
     """Runs one with its default parameters."""
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     finding = run()
     return Result(
         finding=finding,
         png=small_png(finding.figure),
         parameters={name: str(value) for name, value in parameters_of(run).items()},
         seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - cpu_started,
     )
 
 

@@ -81,6 +81,10 @@ def test_it_answers_and_draws(run: Run) -> None:
     assert finding.metrics
     assert all(isinstance(value, float) for value in finding.metrics.values())
     assert len(small_png(finding.figure)) < MOST_BYTES
+    for axes in finding.figure.axes:
+        title = axes.get_title(loc="left")
+        right_end = axes._left_title.get_window_extent().x1
+        assert right_end <= finding.figure.bbox.width, f"the title {title!r} is cut off"
 
 
 @pytest.mark.parametrize("run", REPEATED, ids=name_of)

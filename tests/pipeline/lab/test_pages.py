@@ -54,6 +54,7 @@ def test_a_bar_in_a_cell_does_not_break_the_table(result: Result) -> None:
 def test_parameters_are_written_with_the_result(result: Result) -> None:
     assert result.parameters["seed"] == "0"
     assert result.seconds > 0
+    assert result.cpu_seconds > 0
 
 
 def test_experiments_are_chosen_by_name_in_the_order_of_the_catalogue() -> None:
