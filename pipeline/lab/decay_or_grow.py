@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.comparison.statistics import PairedDifference, mean_with_interval, paired_difference
+from pipeline.comparison.statistics import Estimate, PairedDifference, mean_with_interval, paired_difference
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes
 from pipeline.lab.problems import Clicks, clicks, descend, loss_and_auc, small_net
@@ -59,7 +59,7 @@ def run(
     marks: tuple[int, ...] = (3, 5),
     passes: int = 7,
     num_rows: int = 8192,
-    seeds: int = 3,
+    seeds: int = 6,
 ) -> Finding:
     """Raising the batch does what decaying the learning rate does, in fewer steps.
 
@@ -84,8 +84,9 @@ def run(
         for name, schedule in schedules.items()
     }
     neither_ST, decayed_ST, grown_ST = losses.values()
-    difference = paired_difference(grown_ST[:, -1], decayed_ST[:, -1])
-    gain = paired_difference(decayed_ST[:, -1], neither_ST[:, -1])
+    last = {name: loss_ST[:, -POINTS_A_PASS:].mean(axis=1) for name, loss_ST in losses.items()}
+    neither_S, decayed_S, grown_S = last.values()
+    difference, gain = paired_difference(grown_S, decayed_S), paired_difference(decayed_S, neither_S)
     steps = [schedule.steps(passes, num_rows) for schedule in schedules.values()]
     figure, (axes,) = canvas()
     at = np.arange(1, neither_ST.shape[1] + 1) / POINTS_A_PASS
@@ -99,11 +100,19 @@ def run(
         name="decay_or_grow",
         question="Does raising the batch do what decaying the learning rate does?",
         sentence=sentence(steps, difference, gain, widest(grown_ST, decayed_ST)),
-        columns=("at each mark", "steps", "last held-out log loss (nats)", "low", "high", "last batch (rows)", "last rate"),
+        columns=(
+            "at each mark",
+            "steps",
+            "held-out nats, last pass",
+            "low",
+            "high",
+            "last batch (rows)",
+            "last rate",
+        ),
         rows=tuple(
             (name, count, found.mean, found.low, found.high, *schedule.at(passes - 1))
             for (name, schedule), count in zip(schedules.items(), steps, strict=True)
-            for found in (mean_with_interval(losses[name][:, -1]),)
+            for found in (mean_with_interval(last[name]),)
         ),
         figure=figure,
         metrics={
@@ -153,19 +162,22 @@ def sentence(steps: Sequence[int], difference: PairedDifference, gain: PairedDif
 
     Args:
         steps: of the run that does neither, that decays and that grows.
-        difference: the last loss of the one that grows, less that of the one that decays.
-        gain: the last loss of the one that decays, less that of the one that does neither.
+        difference: the loss in the last pass of the one that grows, less that of the one that decays.
+        gain: the loss in the last pass of the one that decays, less that of the one that does neither.
         gap: the largest along the run between the two.
     """
     found, fell = difference.estimate, gain.estimate
-    helped = "Decaying the rate helped" if fell.high < 0 else "Decaying the rate did harm" if fell.low > 0 else "Neither helped"
+    helped = "helps" if fell.high < 0 else "does harm" if fell.low > 0 else "makes no certain difference"
     same = found.low <= 0 <= found.high
     verdict = "the same within its interval" if same else f"not the same: {'worse' if found.mean > 0 else 'better'}"
     return (
-        f"{helped} ({fell.mean:+.4f} nats); raising the batch instead ends {found.mean:+.4f} [{found.low:+.4f}, "
-        f"{found.high:+.4f}] nats from it, {verdict}, in {steps[2]:,} steps in place of {steps[1]:,}; along the run the two "
-        f"are at most {gap:.4f} apart."
+        f"Decaying the rate {helped} ({_signed(fell)} nats); raising the batch instead ends {_signed(found)} nats from it, "
+        f"{verdict}, in {steps[2]:,} steps in place of {steps[1]:,}; along the run the two are at most {gap:.4f} apart."
     )
+
+
+def _signed(found: Estimate) -> str:
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 if __name__ == "__main__":

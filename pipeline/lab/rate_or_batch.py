@@ -63,7 +63,7 @@ def run(
     for axes, part in zip(panels, PARTS, strict=True):
         draw(axes, {fault.name: seen[fault.name][part] for fault in faults}, verdicts)
         name_axes(axes, f"A {part} step, and what is blamed", "change of the log loss (nats)", "")
-    legend(panels[0], loc="lower right")
+    legend(panels[0], loc="center right", fontsize=10, handlelength=0.8)
     correct = {fault.name: verdicts[fault.name].count(fault.expected) for fault in faults}
     return Finding(
         name="rate_or_batch",
@@ -116,7 +116,7 @@ def draw(axes: Axes, seen: Mapping[str, Seen], verdicts: Mapping[str, Sequence[V
     axes.set_xscale("symlog", linthresh=0.0003)
     furthest = 2 * max(max(abs(one.own), abs(one.other)) for one in seen.values())
     axes.set_xlim(-furthest, furthest)
-    ticks = [sign * tick for sign in (-1, 1) for tick in (0.001, 0.01, 0.1, 1.0) if tick < furthest]
+    ticks = [sign * tick for sign in (-1, 1) for tick in (0.001, 0.1) if tick < furthest]
     axes.set_xticks([*ticks, 0], [f"{tick:g}" for tick in [*ticks, 0]])
     axes.minorticks_off()
     axes.tick_params(axis="x", labelsize=9.5)
