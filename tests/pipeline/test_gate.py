@@ -3,7 +3,7 @@ updates."""
 
 import itertools
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
 from data_schemas.dataset import load_spec
+from data_schemas.errors import TrackingUnavailable
 from data_schemas.hashing import MISSING, mix64
 from pipeline.config import UpdateConfig, load_config, overridden
 from pipeline.data.held import decide, held_windows
@@ -26,7 +27,18 @@ from pipeline.evaluation.gate import GateVerdict, Limits, judge
 from pipeline.evaluation.paired import Difference, Evidence, Paired, differences, held_out
 from pipeline.model_state import restore_or_create
 from pipeline.outcome import UpdateReport
-from pipeline.publishing.checkpoint import current_version, head_version, load_dense, read_manifest
+from pipeline.publishing import publish
+from pipeline.publishing.checkpoint import (
+    current_version,
+    forget_unpublished,
+    head_version,
+    load_dense,
+    next_version,
+    read_manifest,
+    versions,
+)
+from pipeline.publishing.report import read_history
+from pipeline.publishing.tracking import open_experiment, quiet_mlflow
 from pipeline.update import run_update
 
 LIMITS = Limits()
@@ -348,6 +360,50 @@ def test_a_rejection_forgets_what_was_not_proven_and_its_windows_wait_again(conf
     again = run_update(undecided)
     assert again is not None
     assert (again.window_start.hour, again.rows) == (1, 400 - held.rows_held_out), "those were in the rejected window"
+    assert (held.version, again.version) == (2, 3), "another model gets another number"
+    assert [record["version"] for record in read_history(config.model_dir) if record["outcome"] == "held"] == [2, 3]
+
+
+def test_the_number_of_a_forgotten_version_stays_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("v000001", "v000002.unpublished", "v000003.unpublished"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "manifest.json").write_text("{}")
+    forget_unpublished(tmp_path)
+    assert next_version(tmp_path) == 4
+    assert sorted(path.name for path in folder.iterdir()) == ["v000001", "v000003.forgotten"]
+    assert not list((folder / "v000003.forgotten").iterdir())
+    assert (versions(tmp_path), head_version(tmp_path)) == ([1], None)
+
+
+def test_a_rejected_challenger_leaves_the_registry_if_not_at_once_then_with_the_next_update(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undecided = ["gate.auc_margin=0.000001", "gate.false_rejections=0.000001", "tracking.enabled=true"]
+    config = overridden(config, undecided)
+
+    def aliases() -> dict[str, int]:
+        with quiet_mlflow():
+            model = open_experiment(config)[0].get_registered_model("tiny-hourly")
+        return {alias: int(version) for alias, version in model.aliases.items()}
+
+    def unreachable(*_: object) -> bool:
+        raise TrackingUnavailable("it is down")
+
+    learn_all(config, most=2)
+    assert aliases() == {"champion": 1, "challenger": 2}
+    rates = ["training.dense_learning_rate=5.0", "training.wide_learning_rate=50.0", "gate.max_churn=0.1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(publish, "withdraw_challenger", unreachable)
+        rejected = run_update(overridden(config, rates))
+    assert rejected is not None
+    assert rejected.outcome == "rejected"
+    assert any("until the next update that reaches it" in note for note in rejected.notes)
+    assert aliases() == {"champion": 1, "challenger": 2}
+    next_hour = timedelta(hours=1)
+    later = replace(rejected, window_start=rejected.window_start + next_hour, window_end=rejected.window_end + next_hour)
+    assert publish.track_only(config, later) == ()
+    assert aliases() == {"champion": 1}
 
 
 def test_to_observe_publishes_and_says_what_the_gate_would_have_done(config: UpdateConfig) -> None:
