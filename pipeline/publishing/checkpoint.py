@@ -210,6 +210,14 @@ def head_version(model_dir: Path) -> int | None:
     return newest if newest is not None and newest > (current or 0) else None
 
 
+def publish_head(model_dir: Path, version: int) -> None:
+    """Makes the head the current version as it is; a kill on the way leaves one that is restored all the same."""
+    point_to(model_dir, version)
+    folder = model_dir / "checkpoints"
+    (folder / f"{_name(version)}{UNPUBLISHED}").rename(folder / _name(version))
+    _sync_folder(folder)
+
+
 def forget_unpublished(model_dir: Path, *, but: int | None = None) -> None:
     """Deletes what learned on and was not proven, except one version; its number stays taken.
 

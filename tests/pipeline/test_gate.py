@@ -412,3 +412,30 @@ def test_to_observe_publishes_and_says_what_the_gate_would_have_done(config: Upd
     assert [report.outcome for report in reports] == ["published", "published"]
     if reports[1].gate is not None and reports[1].gate.decision == "hold":
         assert any("only to observe" in note for note in reports[1].notes)
+
+
+@pytest.mark.parametrize("config", [0.0], indirect=True)
+@pytest.mark.parametrize("older", [False, True], ids=["the only one", "with one before it"])
+def test_a_corrupt_champion_is_set_aside_and_not_the_challenger(config: UpdateConfig, older: bool) -> None:
+    undecided = ["gate.auc_margin=0.000001", "gate.max_windows=99", "gate.false_rejections=0.000001"]
+    if older:
+        assert learn_all(overridden(config, ["gate.action='off'"]), most=1)[0].outcome == "published"
+    config = overridden(config, undecided)
+    if older:
+        assert run_update(overridden(config, ["gate.action='off'"])) is not None
+    champion = 2 if older else 1
+    *_, held = learn_all(config, most=1 if older else 2)
+    assert (held.outcome, held.version, current_version(config.model_dir)) == ("held", champion + 1, champion)
+    (config.model_dir / f"checkpoints/v{champion:06d}/dense.safetensors").write_bytes(b"rotten")
+    state = restore_or_create(config, load_spec(config.dataset))
+    assert (state.version, state.evidence) == (held.version, None)
+    assert state.serving == (1 if older else None)
+    assert current_version(config.model_dir) == (1 if older else held.version)
+    assert versions(config.model_dir) == [1 if older else held.version]
+    assert any(f"v{champion:06d}" in note and "set aside" in note for note in state.notes)
+    again = restore_or_create(config, load_spec(config.dataset))
+    assert (again.version, again.serving, again.evidence) == (state.version, state.serving, None)
+    report = run_update(config)
+    assert report is not None
+    assert (report.window_start, report.gate and report.gate.windows) == (held.window_end, 1)
+    assert report.serving == (1 if older else held.version)
