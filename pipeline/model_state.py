@@ -201,7 +201,7 @@ def save(
         window_start=window.start,
         window_end=window.end,
         window_seed=seed,
-        permutation_position=int((~learned.unreached_R).sum()),
+        permutation_position=learned.position,
         plan=tuple(vars(record) for record in learned.plan),
         sampling=Sampled(settings=config.sampling.model_dump(mode="json"), plan=as_table(sampling)) if sampling else None,
         pending=pending,

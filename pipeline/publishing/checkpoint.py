@@ -134,7 +134,7 @@ class Manifest(_Saved):
     """Hours since the epoch."""
     window_seed: tuple[int, ...]
     permutation_position: int
-    """Rows of the seeded permutation that were handed out."""
+    """Rows of the seeded permutation that the pass came to: where a replay of the plan stops."""
     plan: tuple[dict[str, Any], ...]
     """`PlanRecord`s."""
     sampling: Sampled | None = None

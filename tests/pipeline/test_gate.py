@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm, t
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
+import pipeline.update as update
 from data_schemas.dataset import load_spec
 from data_schemas.errors import TrackingUnavailable
 from data_schemas.hashing import MISSING, mix64
@@ -39,6 +41,7 @@ from pipeline.publishing.checkpoint import (
 )
 from pipeline.publishing.report import read_history
 from pipeline.publishing.tracking import open_experiment, quiet_mlflow
+from pipeline.training.batch_size import RecordedPlan
 from pipeline.update import run_update
 
 LIMITS = Limits()
@@ -404,6 +407,34 @@ def test_a_rejected_challenger_leaves_the_registry_if_not_at_once_then_with_the_
     later = replace(rejected, window_start=rejected.window_start + next_hour, window_end=rejected.window_end + next_hour)
     assert publish.track_only(config, later) == ()
     assert aliases() == {"champion": 1}
+
+
+@pytest.mark.parametrize("stratified", ["false", "true"])
+def test_a_recorded_plan_repeats_an_update_that_ended_early_with_rows_held_out_and_left_out(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch, stratified: str
+) -> None:
+    sizes = ["training.batch_size=8", "training.micro_batch_size=8", f"sampling.stratified_batches={stratified}"]
+    proven = ["gate.auc_margin=1.0", "gate.false_rejections=0.000001", "sampling.negative_keep_rate=0.5"]
+    config = overridden(config, [*sizes, *proven, "evaluation.probe_rows=0"])
+    first, second = (overridden(config, [f"model_name='{name}'"]) for name in ("first", "second"))
+    for own in (first, second):
+        assert run_update(own) is not None
+    seconds = itertools.count()
+    stopped = run_update(overridden(first, ["budget.seconds=50"]), clock=lambda: float(next(seconds)))
+    assert stopped is not None
+    assert stopped.rows_held_out > 0
+    assert any("out of time" in note for note in stopped.notes)
+    manifest = read_manifest(first.model_dir, stopped.version)
+    assert manifest.permutation_position == stopped.rows_learned > 0
+    plan = RecordedPlan(records=manifest.plan_records(), stopped_at=manifest.permutation_position)
+    monkeypatch.setattr(update, "batch_policy", lambda *_, **__: plan)
+    repeated = run_update(second)
+    assert repeated is not None
+    assert repeated.rows_learned == stopped.rows_learned
+    weights = [load_dense(own.model_dir, read_manifest(own.model_dir, stopped.version)) for own in (first, second)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    tables = [restore_or_create(own, load_spec(own.dataset)).learner.model.tables.slices() for own in (first, second)]
+    assert all(torch.equal(one.tensor, other.tensor) for one, other in zip(*tables, strict=True))
 
 
 def test_to_observe_publishes_and_says_what_the_gate_would_have_done(config: UpdateConfig) -> None:

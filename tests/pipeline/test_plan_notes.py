@@ -24,6 +24,7 @@ def notes(
     learned = Learned(
         rows=ROWS - thinned,
         unreached_R=np.zeros(ROWS, bool),
+        position=ROWS,
         last_batch_size=64,
         plan=plan,
         loss_curve=(),
