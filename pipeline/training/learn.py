@@ -46,6 +46,8 @@ class Learned:
     """Rows of the last step."""
     plan: tuple[PlanRecord, ...]
     loss_curve: tuple[LossPoint, ...]
+    steps: int
+    """Skipped ones among them."""
     skipped_steps: int
     skipped_rows: int
     """Rows of skipped steps: not learned, and not learned later either."""
@@ -364,6 +366,7 @@ class _Trace:
             last_batch_size=self.last_batch_size,
             plan=tuple(self.plan),
             loss_curve=tuple(self.curve),
+            steps=self.steps,
             skipped_steps=self.skipped,
             skipped_rows=self.skipped_rows,
             thinned_R=thinned_R,

@@ -5,6 +5,8 @@ import itertools
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ from pipeline.config import UpdateConfig, load_config, overridden
 from pipeline.data.held import decide, held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
+from pipeline.evaluation.champion import gate_verdict
 from pipeline.evaluation.gate import GateVerdict, Limits, judge
 from pipeline.evaluation.paired import Difference, Evidence, Paired, differences, held_out
 from pipeline.model_state import restore_or_create
@@ -194,6 +197,15 @@ def test_skipped_steps_and_no_rows() -> None:
     assert (found.decision, found.auc_difference, found.log_loss_difference) == ("hold", None, None)
     one_class = replace(pair_of(), labels_H=np.zeros(4000, np.float32))
     assert verdict(one_class).auc_difference is None
+
+
+def test_skipped_steps_are_a_share_of_the_steps_that_were_made_whatever_their_sizes() -> None:
+    evidence, config = Evidence(pair=pair_of(noise=0.05), windows=1), load_config()
+    rows: Any = SimpleNamespace(seed=(0, 1))
+    ramp: Any = SimpleNamespace(rows=1000, last_batch_size=500, steps=36, skipped_steps=1)
+    assert "skipped steps" not in failed(gate_verdict(evidence, rows, ramp, config, ()))
+    few: Any = SimpleNamespace(rows=1000, last_batch_size=20, steps=10, skipped_steps=1)
+    assert "skipped steps" in failed(gate_verdict(evidence, rows, few, config, ()))
 
 
 @given(

@@ -289,6 +289,7 @@ def test_a_plan_that_changes_and_leaves_rows_out_replays_to_the_same_bits(
     assert learned.rows + learned.thinned_rows + unreached == 20_000
     assert learned.thinned_rows > 1000
     assert len({record.batch_size for record in learned.plan}) > 1
+    assert learned.steps == stopped.steps
     replayed = _learner(small_spec, **settings)
     again = RecordedPlan(records=learned.plan, stopped_at=learned.position)
     repeated = learn(replayed, window, seed=[1], policy=again, stratum_R=strata_R)

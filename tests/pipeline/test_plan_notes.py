@@ -28,6 +28,7 @@ def notes(
         last_batch_size=64,
         plan=plan,
         loss_curve=(),
+        steps=ROWS // 64,
         skipped_steps=0,
         skipped_rows=0,
         thinned_R=np.arange(ROWS) < thinned if thinned else None,
