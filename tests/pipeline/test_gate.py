@@ -2,6 +2,7 @@
 updates."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.config import UpdateConfig, load_config, overridden
 from pipeline.data.held import decide, held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
+from pipeline.describe import one_line
 from pipeline.evaluation.champion import gate_verdict
 from pipeline.evaluation.gate import GateVerdict, Limits, judge
 from pipeline.evaluation.paired import Difference, Evidence, Paired, differences, held_out
@@ -315,6 +317,14 @@ def test_held_out_rows_are_learned_with_the_next_window(config: UpdateConfig) ->
         assert report.gate is not None
         assert report.gate.rows == report.rows_held_out
     assert sum(report.rows_learned for report in reports) + reports[-1].rows_pending == 400 * HOURS
+
+
+def test_the_line_of_the_log_says_what_the_gate_decided_and_why(report: Callable[..., UpdateReport]) -> None:
+    undecided, proven = verdict(pair_of(200, noise=0.8)), verdict(pair_of(8000, noise=0.05))
+    held = one_line(report(2, outcome="held", serving=1, gate=undecided))
+    assert held.endswith(f", gate: hold ({undecided.reason}), version 1 goes on serving")
+    assert one_line(report(2, gate=proven)).endswith("1.5 of 60 s, gate: publish")
+    assert one_line(report(2)).endswith("1.5 of 60 s")
 
 
 @pytest.mark.parametrize("config", [0.0], indirect=True)
