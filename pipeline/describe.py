@@ -176,11 +176,16 @@ def _notes(window: Window, learned: Learned, measured: Metrics | None, rows: Win
 
 
 def one_line(report: UpdateReport) -> str:
-    auc = report.before.auc if report.before else None
+    """For the log: what was learned, and what the gate said of it."""
+    auc, gate = report.before.auc if report.before else None, ""
+    if report.gate:
+        gate = f", gate: {report.gate.decision}" + (f" ({report.gate.reason})" if report.gate.decision != "publish" else "")
+    if report.serving is not None:
+        gate += f", version {report.serving} goes on serving"
     return (
         f"{report.window_start:%Y-%m-%dT%H}  {report.rows_learned:,} of {report.rows:,} rows learned, "
         f"version {report.version}, AUC before learning {'-' if auc is None else f'{auc:.4f}'}, "
-        f"{report.total_seconds:.1f} of {report.budget_seconds:.0f} s"
+        f"{report.total_seconds:.1f} of {report.budget_seconds:.0f} s{gate}"
     )
 
 

@@ -133,9 +133,10 @@ def end_interrupted(config: UpdateConfig, spec: DatasetSpec) -> UpdateReport | N
 
 
 def freeze(config: UpdateConfig, spec: DatasetSpec, saved: ModelState) -> None:
-    """Keeps the model as it is now to measure later ones by, where it is the one that the settings name."""
+    """Keeps the model as it is now to measure later ones by, where it is the one that the settings name, or the first after it
+    that serves: what was not proven, and may be forgotten, is no measure."""
     folder, after = frozen_folder(config), config.evaluation.frozen_after_updates
-    if not after or saved.version < after or folder.is_dir():
+    if not after or saved.version < after or folder.is_dir() or saved.version == head_version(config.model_dir):
         return
     staged = folder.with_suffix(".tmp")
     if staged.is_dir():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -48,6 +49,8 @@ from pipeline.publishing.checkpoint import (
     load_tables,
     next_version,
     pack_pending,
+    point_to,
+    publish_head,
     read_manifest,
     save_checkpoint,
     set_aside,
@@ -73,6 +76,9 @@ NOISE_SCALE = "noise_scale"
 
 EVIDENCE = "gate/"
 """Prefix of held-out rows that could not decide yet."""
+
+COMPARED_WITH = "gate_champion"
+"""Name of the version that they were predicted by, beside the one that they are kept with."""
 
 GROUP = "optimizer_group."
 """Prefix of what the dense optimizer keeps once a group of parameters."""
@@ -116,8 +122,7 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
     for version in _candidates(config):
         try:
             state = _restored(version, config, spec, processes)
-            if state.serving is not None:
-                read_manifest(config.model_dir, state.serving)  # it will be compared with this one, and must be whole
+            state = state if state.serving is None else _with_whole_champion(state, config)
             return replace(state, notes=(*notes, *state.notes))
         except CorruptCheckpoint as error:
             set_aside(config.model_dir, version)
@@ -129,6 +134,29 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
             "or start a new model under another model_name; the click log is kept"
         )
     return _create(config, spec, processes)
+
+
+def _with_whole_champion(state: ModelState, config: UpdateConfig) -> ModelState:
+    """The model that learned on, and a champion that it can be compared with; it serves itself where none is whole."""
+    folder, notes = config.model_dir, list[str]()
+    for version in dict.fromkeys([state.serving, *versions(folder)[::-1]]):
+        if version is None or version >= state.version:
+            continue
+        try:
+            read_manifest(folder, version)
+        except CorruptCheckpoint as error:
+            set_aside(folder, version)
+            log.warning("%s; it served", error)
+            notes.append(f"{error}; it served, and was set aside")
+            continue
+        if not notes:
+            return state
+        point_to(folder, version)
+        notes.append(f"version {version} serves instead; what was compared with the other is not counted")
+        return replace(state, serving=version, evidence=None, notes=(*state.notes, *notes))
+    publish_head(folder, state.version)
+    notes.append(f"no other version is whole: version {state.version}, which was not proven, serves")
+    return replace(state, serving=None, evidence=None, notes=(*state.notes, *notes))
 
 
 def restore_serving(config: UpdateConfig, spec: DatasetSpec, state: ModelState) -> ModelState:
@@ -173,7 +201,7 @@ def save(
         window_start=window.start,
         window_end=window.end,
         window_seed=seed,
-        permutation_position=int((~learned.unreached_R).sum()),
+        permutation_position=learned.position,
         plan=tuple(vars(record) for record in learned.plan),
         sampling=Sampled(settings=config.sampling.model_dump(mode="json"), plan=as_table(sampling)) if sampling else None,
         pending=pending,
@@ -185,7 +213,7 @@ def save(
         manifest,
         dense=_dense_tensors(learner),
         tables=learner.model.tables,
-        memory=_kept_arrays(state, published),
+        memory=_kept_arrays(state, None if published else current_version(config.model_dir) or 0),
         pending=bitmaps,
         keep=config.keep_checkpoints,
         processes=learner.processes,
@@ -281,12 +309,21 @@ def _restored(version: int, config: UpdateConfig, spec: DatasetSpec, processes: 
     return _restore(manifest, config, spec, processes)
 
 
-def _kept_arrays(state: ModelState, published: bool) -> dict[str, npt.NDArray[Any]]:
-    """What is kept beside weights and tables; evidence only while it has not decided."""
+def _kept_arrays(state: ModelState, champion: int | None) -> dict[str, npt.NDArray[Any]]:
+    """What is kept beside weights and tables; evidence only while it has not decided against a champion."""
     kept = state.memory.arrays() | state.ids.arrays() | state.replay.arrays() | state.late_clicks.arrays()
-    if published or state.evidence is None:
+    if champion is None or state.evidence is None:
         return kept
-    return kept | {f"{EVIDENCE}{name}": array for name, array in state.evidence.arrays().items()}
+    evidence = {f"{EVIDENCE}{name}": array for name, array in state.evidence.arrays().items()}
+    return kept | evidence | {COMPARED_WITH: np.array([champion])}
+
+
+def _evidence(kept: Mapping[str, npt.NDArray[Any]], champion: int | None) -> Evidence | None:
+    """Of a comparison with this champion; none of one with another, which is no longer there."""
+    evidence = {name.removeprefix(EVIDENCE): array for name, array in kept.items() if name.startswith(EVIDENCE)}
+    if not evidence or (COMPARED_WITH in kept and int(kept[COMPARED_WITH][0]) != (champion or 0)):
+        return None
+    return Evidence.of_arrays(evidence)
 
 
 def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> None:
@@ -367,7 +404,6 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     memory, ids, kept = Memory(spec), IdTables(spec), load_memory(config.model_dir, manifest)
     memory.load(kept)
     ids.load(kept)
-    evidence = {name.removeprefix(EVIDENCE): array for name, array in kept.items() if name.startswith(EVIDENCE)}
     serving = current_version(config.model_dir)
     return ModelState(
         learner=learner,
@@ -379,7 +415,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         cursor=cursor,
         version=manifest.version,
         serving=serving if manifest.version == head_version(config.model_dir) else None,
-        evidence=Evidence.of_arrays(evidence) if evidence else None,
+        evidence=_evidence(kept, serving),
         notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),
     )
 

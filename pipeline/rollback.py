@@ -86,9 +86,10 @@ def _follow_in_registry(config: UpdateConfig, manifest: Manifest) -> tuple[str, 
     """Moves the registry's champion to the same version; what could not be done is said."""
     if not (config.tracking.enabled and config.tracking.register_model):
         return ()
-    from pipeline.publishing.registry import promote_checkpoint  # imports MLflow, which takes a second
+    from pipeline.publishing.registry import promote_checkpoint, withdraw_challenger  # imports MLflow, which takes a second
 
     try:
+        withdraw_challenger(config, manifest.dataset)
         if promote_checkpoint(config, manifest.dataset, manifest.version):
             return ()
     except TrackingUnavailable as error:

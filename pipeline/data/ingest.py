@@ -360,7 +360,7 @@ def _commit_file(file: LandingFile, ingest: _Ingest) -> _Counts:
 @contextmanager
 def _writers(file: LandingFile, ingest: _Ingest) -> Iterator[tuple[HourFiles, RejectedRows]]:
     """Writers whose files are removed again, if the file does not make it into the log."""
-    accepted = ingest.log.write(PurePosixPath(file.path).name)
+    accepted = ingest.log.write(file.source)
     rejected = ingest.quarantine.write(file.path, ingest.now)
     try:
         yield accepted, rejected

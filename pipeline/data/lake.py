@@ -318,8 +318,8 @@ class ClickLog(_DeltaLog):
         """A writer of files that `append` can commit.
 
         Args:
-            source: name of the landing file; files of an hour are read in the order of their sources, so that the same
-                landing files give the same windows in the same order.
+            source: names the landing file, and no other; files of an hour are read in the order of their sources, so that
+                the same landing files give the same windows in the same order.
         """
         return HourFiles(self._root, self._schema, source)
 

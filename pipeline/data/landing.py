@@ -76,6 +76,9 @@ class LandingFile:
 
     path: str
     """Full path or address."""
+    source: str
+    """Its name, and 8 hex digits of its path in the landing folder: another for each file of the folder, and the same wherever
+    the folder lies."""
     size: int
     """Bytes, as stored."""
     fingerprint: str
@@ -125,7 +128,7 @@ def list_landing(landing: str) -> Landing:
         raise DataError(f"cannot list the landing folder {landing!r}: {error}; correct 'landing'") from error
     prefix = root.rstrip("/") + "/"
     visible = {path: info for path, info in entries.items() if _is_visible(path.removeprefix(prefix))}
-    files = [_describe(system, path, info) for path, info in sorted(visible.items())]
+    files = [_describe(system, path, info, path.removeprefix(prefix)) for path, info in sorted(visible.items())]
     unknown = tuple(path for path, found in zip(sorted(visible), files, strict=True) if found is None)
     return Landing(files=tuple(found for found in files if found is not None), unknown=unknown)
 
@@ -155,7 +158,7 @@ def _is_visible(path: str) -> bool:
     return bool(parts) and not hidden and not path.lower().endswith(UNFINISHED_SUFFIXES)
 
 
-def _describe(system: Any, path: str, info: dict[str, Any]) -> LandingFile | None:
+def _describe(system: Any, path: str, info: dict[str, Any], relative: str) -> LandingFile | None:
     suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
     gzipped = suffixes[-1:] == [".gz"]
     kind = SUFFIXES.get((suffixes[:-1] if gzipped else suffixes)[-1:][0]) if len(suffixes) > gzipped else None
@@ -164,8 +167,13 @@ def _describe(system: Any, path: str, info: dict[str, Any]) -> LandingFile | Non
     address = path if _is_local(system) else system.unstrip_protocol(path)
     changed = next((info[name] for name in ("mtime", "etag", "ETag", "LastModified", "updated", "md5") if name in info), "")
     identity = f"{address}|{info['size']}|{changed}"
-    digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
-    return LandingFile(path=address, size=info["size"], fingerprint=digest, format=kind, gzipped=gzipped)
+    source = f"{PurePosixPath(relative).name}-{_digest(relative)[:8]}"
+    size, fingerprint = info["size"], _digest(identity)[:32]
+    return LandingFile(path=address, source=source, size=size, fingerprint=fingerprint, format=kind, gzipped=gzipped)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 @contextmanager

@@ -66,14 +66,14 @@ class Checked:
 
 
 def past_of(history: Sequence[Mapping[str, Any]]) -> list[Past]:
-    """The windows of a model's history that were learned and have a profile."""
+    """The windows that have a profile, of a model's history of windows that were learned, serving or not."""
     return [
         Past(
             hour=int(datetime.fromisoformat(record["window_start"]).timestamp()) // 3600,
             profile=WindowProfile(**record["profile"]),
         )
         for record in history
-        if record["outcome"] == "published" and record.get("profile")
+        if record.get("profile")
     ]
 
 

@@ -58,14 +58,13 @@ def gate_verdict(
     evidence: Evidence, rows: WindowRows, learned: Learned, config: UpdateConfig, history: Sequence[Mapping[str, Any]]
 ) -> GateVerdict:
     """What the gate says; gains of windows at or after this one, learned before a rollback, are not looked at."""
-    steps = max(-(-learned.rows // max(learned.last_batch_size, 1)), learned.skipped_steps)
     return judge(
         evidence.pair,
         limits=config.gate.limits(),
         windows=evidence.windows,
         past_gains=past_gains(history, before=rows.seed[-1]),
         skipped_steps=learned.skipped_steps,
-        steps=steps,
+        steps=learned.steps,
         seed=rows.seed,
     )
 

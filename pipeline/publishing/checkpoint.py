@@ -6,6 +6,7 @@
                                    /memory.safetensors       counters and histories
                                    /pending.safetensors      bitmaps of rows still to be learned
     <model_dir>/checkpoints/v000008.unpublished/             learned, but not proven: the next update goes on from it
+    <model_dir>/checkpoints/v000008.forgotten/               empty: its number is not given to another model
     <model_dir>/CURRENT                                      the name of the version that serves
 
 A version is written into a temporary folder, synced, renamed, and only then does CURRENT move: a reader sees the old model
@@ -46,6 +47,10 @@ UNDONE = ".undone"
 """Ending of the folder of a version that a rollback took out of service."""
 UNPUBLISHED = ".unpublished"
 """Ending of the folder of a version that learned on, and does not serve."""
+FORGOTTEN = ".forgotten"
+"""Ending of the empty folder that keeps the number of a version which was not proven."""
+CORRUPT = ".corrupt"
+"""Ending of the folder of a version that was set aside."""
 FORMAT = 1
 Content = Literal["dense", "tables", "memory", "pending"]
 
@@ -129,7 +134,7 @@ class Manifest(_Saved):
     """Hours since the epoch."""
     window_seed: tuple[int, ...]
     permutation_position: int
-    """Rows of the seeded permutation that were handed out."""
+    """Rows of the seeded permutation that the pass came to: where a replay of the plan stops."""
     plan: tuple[dict[str, Any], ...]
     """`PlanRecord`s."""
     sampling: Sampled | None = None
@@ -205,11 +210,29 @@ def head_version(model_dir: Path) -> int | None:
     return newest if newest is not None and newest > (current or 0) else None
 
 
+def publish_head(model_dir: Path, version: int) -> None:
+    """Makes the head the current version as it is; a kill on the way leaves one that is restored all the same."""
+    point_to(model_dir, version)
+    folder = model_dir / "checkpoints"
+    (folder / f"{_name(version)}{UNPUBLISHED}").rename(folder / _name(version))
+    _sync_folder(folder)
+
+
 def forget_unpublished(model_dir: Path, *, but: int | None = None) -> None:
-    """Deletes what learned on and was not proven, except one version."""
+    """Deletes what learned on and was not proven, except one version; its number stays taken.
+
+    One rename takes the version away, and what it leaves is the mark of its number: no moment hands the number out again.
+    """
+    folder = model_dir / "checkpoints"
     for number in _numbers(model_dir, UNPUBLISHED):
         if number != but:
-            shutil.rmtree(model_dir / "checkpoints" / f"{_name(number)}{UNPUBLISHED}")
+            (folder / f"{_name(number)}{UNPUBLISHED}").rename(folder / f"{_name(number)}{FORGOTTEN}")
+    forgotten = [folder / f"{_name(number)}{FORGOTTEN}" for number in _numbers(model_dir, FORGOTTEN)]
+    for mark in forgotten[:-1]:
+        shutil.rmtree(mark)
+    for mark in forgotten[-1:]:
+        for left in mark.iterdir():
+            left.unlink()
 
 
 def undone_versions(model_dir: Path) -> list[int]:
@@ -218,12 +241,9 @@ def undone_versions(model_dir: Path) -> list[int]:
 
 
 def next_version(model_dir: Path) -> int:
-    """A number that no version had, not even one that was set aside or undone."""
-    names = (path.name for path in (model_dir / "checkpoints").glob("v*"))
-    numbers = [
-        int(found[1]) for name in names if (found := re.fullmatch(r"v(\d{6,})(\.corrupt|\.undone|\.unpublished)?", name))
-    ]
-    return max(numbers, default=0) + 1
+    """A number that no version had, not even one that was set aside, undone or forgotten."""
+    endings = ("", UNPUBLISHED, UNDONE, CORRUPT, FORGOTTEN)
+    return max((number for ending in endings for number in _numbers(model_dir, ending)), default=0) + 1
 
 
 def current_version(model_dir: Path) -> int | None:
@@ -250,7 +270,7 @@ def set_aside(model_dir: Path, version: int) -> None:
     """Gives a corrupt version another name, so that it neither serves nor counts among those that are kept."""
     folder = _folder(model_dir, version)
     if folder.is_dir():
-        folder.rename(folder.with_name(f"{_name(version)}.corrupt"))
+        folder.rename(folder.with_name(f"{_name(version)}{CORRUPT}"))
 
 
 def go_back_to(model_dir: Path, version: int) -> None:

@@ -16,20 +16,24 @@ from pipeline.config import UpdateConfig
 from pipeline.evaluation.metrics import CalibrationBin
 from pipeline.model_state import ModelState
 from pipeline.outcome import UpdateReport
+from pipeline.publishing.checkpoint import head_version
 from pipeline.publishing.plots import update_plots
 from pipeline.publishing.predictor import export_predictor
-from pipeline.publishing.registry import register_model
+from pipeline.publishing.registry import register_model, withdraw_challenger
 from pipeline.publishing.report import as_markdown, read_history
 from pipeline.publishing.tracking import Tracker, tables_of
 
 log = logging.getLogger(__name__)
 
+_STAYS = "if the registry names a challenger, it does so until the next update that reaches it: that model was rejected"
+
 
 def track_only(config: UpdateConfig, report: UpdateReport) -> tuple[str, ...]:
-    """Writes the run of an update that made no model; notes on what could not be reached."""
+    """Writes the run of an update that made no model, and takes the alias of a challenger that was forgotten away; notes on
+    what could not be reached."""
     tracker = Tracker(config)
-    tracker.log_update(report, texts={"report.md": as_markdown(report)})
-    return tuple(tracker.notes)
+    run = tracker.log_update(report, texts={"report.md": as_markdown(report)})
+    return (*tracker.notes, *_without_forgotten_challenger(config, report, reached=run is not None))
 
 
 def publish_update(
@@ -56,9 +60,10 @@ def publish_update(
     run = tracker.log_update(report, texts={"report.md": as_markdown(report), **tables_of(report)}, images=images)
     notes = tuple(tracker.notes)
     if run is None or not config.tracking.register_model:
-        return notes
+        return (*notes, *_without_forgotten_challenger(config, report, reached=run is not None))
     if report.rows_learned == 0:
-        return (*notes, "no row was learned in time: the champion in the registry stays as it is")
+        notes = (*notes, "no row was learned in time: the champion in the registry stays as it is")
+        return (*notes, *_without_forgotten_challenger(config, report, reached=True))
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         export_predictor(saved, spec, config.model, folder)
@@ -68,3 +73,17 @@ def publish_update(
             log.warning("the model was not registered: %s", error)
             return (*notes, f"the model was not registered ({error}); the next update registers its own")
     return notes
+
+
+def _without_forgotten_challenger(config: UpdateConfig, report: UpdateReport, *, reached: bool) -> tuple[str, ...]:
+    """The registry names no challenger where no model waits to be proven; what was missed is made up for by the next update."""
+    if head_version(config.model_dir) is not None:
+        return ()
+    if not reached:
+        return (_STAYS,) if report.outcome == "rejected" else ()
+    try:
+        withdraw_challenger(config, report.dataset)
+    except TrackingUnavailable as error:
+        log.warning("the challenger was not withdrawn: %s", error)
+        return (f"{_STAYS} ({error})",)
+    return ()

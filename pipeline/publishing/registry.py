@@ -104,6 +104,27 @@ def promote_checkpoint(config: UpdateConfig, dataset: str, version: int) -> bool
         raise _unavailable(error) from error
 
 
+def withdraw_challenger(config: UpdateConfig, dataset: str) -> bool:
+    """Takes the alias `challenger` away; False where no version has it.
+
+    Raises:
+        TrackingUnavailable: the registry cannot be reached or written; the alias stays.
+    """
+    name = f"{dataset}-{config.model_name}"
+    try:
+        with quiet_mlflow():
+            client, _ = open_experiment(config)
+            models = client.search_registered_models(filter_string=f"name = '{name}'")
+            if not any(CHALLENGER in model.aliases for model in models):
+                return False
+            client.delete_registered_model_alias(name, CHALLENGER)
+            return True
+    except TidemarkError:
+        raise
+    except Exception as error:
+        raise _unavailable(error) from error
+
+
 def _unavailable(error: Exception) -> TrackingUnavailable:
     return TrackingUnavailable(
         f"the model registry could not be written ({type(error).__name__}: {error}); the champion stays as it was"

@@ -84,7 +84,7 @@ class RecordedPlan:
 
     records: Sequence[PlanRecord]
     stopped_at: int
-    """Rows of the permutation that the recorded update had handed out when it ended: the manifest's `permutation_position`."""
+    """Rows of the permutation that the recorded update had come to when it ended: the manifest's `permutation_position`."""
 
     def decide(self, *, step: int, position: int, remaining: int, seconds_left: float) -> Decision | None:
         """What was decided then."""

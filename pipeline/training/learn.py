@@ -39,10 +39,15 @@ class Learned:
     """Rows learned: the first `rows` of the permutation, but for those of skipped steps."""
     unreached_R: npt.NDArray[np.bool_]
     """True for rows of the window that the pass did not come to; rows left out by sampling are passed by like the others."""
+    position: int
+    """Rows of the permutation that the pass came to, those left out in mid-pass too; held-out rows and those that sampling left
+    out have no place in it."""
     last_batch_size: int
     """Rows of the last step."""
     plan: tuple[PlanRecord, ...]
     loss_curve: tuple[LossPoint, ...]
+    steps: int
+    """Skipped ones among them."""
     skipped_steps: int
     skipped_rows: int
     """Rows of skipped steps: not learned, and not learned later either."""
@@ -162,7 +167,8 @@ def learn(
     unreached_R[cursor.unreached()] = True
     left_out_R = takes.left_out_R()
     thinned_R = None if left_out_R is None else left_out_R & ~unreached_R
-    return replace(trace.learned(unreached_R, thinned_R), kept_R=kept_R, probed=probes.probed() if probes else None)
+    learned = trace.learned(unreached_R, thinned_R, position=cursor.position)
+    return replace(learned, kept_R=kept_R, probed=probes.probed() if probes else None)
 
 
 def _probes(learner: Learner, window: EncodedWindow, cursor: BatchCursor, probe_rows: int) -> Probes | None:
@@ -350,15 +356,17 @@ class _Trace:
         if last is None or _governs(last) != _governs(batch.decision):
             self.plan.append(PlanRecord(step=batch.step, position=batch.position, **vars(batch.decision)))
 
-    def learned(self, unreached_R: npt.NDArray[np.bool_], thinned_R: npt.NDArray[np.bool_] | None) -> Learned:
+    def learned(self, unreached_R: npt.NDArray[np.bool_], thinned_R: npt.NDArray[np.bool_] | None, *, position: int) -> Learned:
         if self.gathered:
             self._close_point(*self.last_point)
         return Learned(
             rows=self.rows_learned,
             unreached_R=unreached_R,
+            position=position,
             last_batch_size=self.last_batch_size,
             plan=tuple(self.plan),
             loss_curve=tuple(self.curve),
+            steps=self.steps,
             skipped_steps=self.skipped,
             skipped_rows=self.skipped_rows,
             thinned_R=thinned_R,

@@ -23,8 +23,8 @@ from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.evaluation.alarms import Alarm, Past, alarms_of, past_of
 from pipeline.evaluation.profile import WindowProfile, profile_of
-from pipeline.outcome import UpdateReport
-from pipeline.publishing.report import read_history
+from pipeline.outcome import LEARNED, UpdateReport
+from pipeline.publishing.report import as_plain, read_history
 from pipeline.update import run_update
 
 ORDINARY = WindowProfile(
@@ -218,7 +218,13 @@ def test_a_discarded_window_is_never_learned(config: UpdateConfig) -> None:
 
 def test_a_held_window_is_no_reference_for_later_ones(config: UpdateConfig) -> None:
     learn_all(config)
-    assert [past.profile.clicks < 100 for past in past_of(read_history(config.model_dir))] == [True] * 3
+    learned = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
+    assert [past.profile.clicks < 100 for past in past_of(learned)] == [True] * 3
+
+
+def test_a_window_that_was_learned_and_is_not_proven_is_a_reference(report: Callable[..., UpdateReport]) -> None:
+    records = [as_plain(report(hour, outcome=outcome, profile=ORDINARY)) for hour, outcome in enumerate(LEARNED)]
+    assert [(past.hour % 24, past.profile.rows) for past in past_of(records)] == [(0, 1000), (1, 1000)]
 
 
 @pytest.mark.parametrize(("action", "notes"), [("warn", 1), ("off", 0)])

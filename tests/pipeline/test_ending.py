@@ -118,3 +118,23 @@ def test_a_window_that_was_held_aside_is_reported(config: UpdateConfig, monkeypa
     assert [record["outcome"] for record in records] == ["published", "rejected"]
     assert not (config.model_dir / UNFINISHED).exists()
     assert np.isfinite(records[1]["rows"])
+
+
+def test_a_model_that_is_not_proven_is_not_frozen_but_the_next_that_serves(config: UpdateConfig) -> None:
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"frozen_after_updates": 2})})
+    run_update(config)
+    undecided = config.gate.model_copy(
+        update={"action": "enforce", "auc_margin": 1e-6, "false_rejections": 1e-6, "max_churn": 10}
+    )
+    held = run_update(config.model_copy(update={"gate": undecided}))
+    assert held is not None
+    assert (held.outcome, held.version) == ("held", 2)
+    assert not (config.model_dir / "frozen").exists()
+    write_landing(SyntheticConfig(hours=3, rows_per_hour=300), Path(config.landing))
+    spec = load_spec(config.dataset)
+    log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
+    ingest_landing(config.landing, log, quarantine, spec, now=NOW)
+    served = run_update(config)
+    assert served is not None
+    assert (served.outcome, served.version) == ("published", 3)
+    assert (config.model_dir / "frozen").is_dir()

@@ -2,31 +2,51 @@
 updates."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm, t
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
+import pipeline.update as update
 from data_schemas.dataset import load_spec
+from data_schemas.errors import TrackingUnavailable
 from data_schemas.hashing import MISSING, mix64
 from pipeline.config import UpdateConfig, load_config, overridden
 from pipeline.data.held import decide, held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
+from pipeline.describe import one_line
+from pipeline.evaluation.champion import gate_verdict
 from pipeline.evaluation.gate import GateVerdict, Limits, judge
 from pipeline.evaluation.paired import Difference, Evidence, Paired, differences, held_out
 from pipeline.model_state import restore_or_create
 from pipeline.outcome import UpdateReport
-from pipeline.publishing.checkpoint import current_version, head_version, load_dense, read_manifest
+from pipeline.publishing import publish
+from pipeline.publishing.checkpoint import (
+    current_version,
+    forget_unpublished,
+    head_version,
+    load_dense,
+    next_version,
+    read_manifest,
+    versions,
+)
+from pipeline.publishing.report import read_history
+from pipeline.publishing.tracking import open_experiment, quiet_mlflow
+from pipeline.training.batch_size import RecordedPlan
 from pipeline.update import run_update
 
 LIMITS = Limits()
@@ -235,6 +255,15 @@ def test_skipped_steps_and_no_rows() -> None:
     assert verdict(one_class).auc_difference is None
 
 
+def test_skipped_steps_are_a_share_of_the_steps_that_were_made_whatever_their_sizes() -> None:
+    evidence, config = Evidence(pair=pair_of(noise=0.05), windows=1), load_config()
+    rows: Any = SimpleNamespace(seed=(0, 1))
+    ramp: Any = SimpleNamespace(rows=1000, last_batch_size=500, steps=36, skipped_steps=1)
+    assert "skipped steps" not in failed(gate_verdict(evidence, rows, ramp, config, ()))
+    few: Any = SimpleNamespace(rows=1000, last_batch_size=20, steps=10, skipped_steps=1)
+    assert "skipped steps" in failed(gate_verdict(evidence, rows, few, config, ()))
+
+
 @given(
     rows=st.integers(1, 60),
     seed=st.integers(0, 10**6),
@@ -348,6 +377,14 @@ def test_held_out_rows_are_learned_with_the_next_window(config: UpdateConfig) ->
     assert sum(report.rows_learned for report in reports) + reports[-1].rows_pending == 400 * HOURS
 
 
+def test_the_line_of_the_log_says_what_the_gate_decided_and_why(report: Callable[..., UpdateReport]) -> None:
+    undecided, proven = verdict(pair_of(200, noise=0.8)), verdict(pair_of(8000, noise=0.05))
+    held = one_line(report(2, outcome="held", serving=1, gate=undecided))
+    assert held.endswith(f", gate: hold ({undecided.reason}), version 1 goes on serving")
+    assert one_line(report(2, gate=proven)).endswith("1.5 of 60 s, gate: publish")
+    assert one_line(report(2)).endswith("1.5 of 60 s")
+
+
 @pytest.mark.parametrize("config", [0.0], indirect=True)
 def test_a_model_that_is_not_proven_learns_on_and_serves_once_windows_have_gone_by(config: UpdateConfig) -> None:
     undecided = ["gate.auc_margin=0.000001", "gate.max_windows=3", "gate.false_rejections=0.000001"]
@@ -410,6 +447,78 @@ def test_a_rejection_forgets_what_was_not_proven_and_its_windows_wait_again(conf
     assert again.gate.rows == held.rows_held_out > 0, "the same users judge it again"
     (aside,) = held_windows(config.model_dir)
     assert aside.num_rows == 400
+    assert (held.version, again.version) == (2, 3), "another model gets another number"
+    assert [record["version"] for record in read_history(config.model_dir) if record["outcome"] == "held"] == [2, 3]
+
+
+def test_the_number_of_a_forgotten_version_stays_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("v000001", "v000002.unpublished", "v000003.unpublished"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "manifest.json").write_text("{}")
+    forget_unpublished(tmp_path)
+    assert next_version(tmp_path) == 4
+    assert sorted(path.name for path in folder.iterdir()) == ["v000001", "v000003.forgotten"]
+    assert not list((folder / "v000003.forgotten").iterdir())
+    assert (versions(tmp_path), head_version(tmp_path)) == ([1], None)
+
+
+def test_a_rejected_challenger_leaves_the_registry_if_not_at_once_then_with_the_next_update(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undecided = ["gate.auc_margin=0.000001", "gate.false_rejections=0.000001", "tracking.enabled=true"]
+    config = overridden(config, undecided)
+
+    def aliases() -> dict[str, int]:
+        with quiet_mlflow():
+            model = open_experiment(config)[0].get_registered_model("tiny-hourly")
+        return {alias: int(version) for alias, version in model.aliases.items()}
+
+    def unreachable(*_: object) -> bool:
+        raise TrackingUnavailable("it is down")
+
+    learn_all(config, most=2)
+    assert aliases() == {"champion": 1, "challenger": 2}
+    rates = ["training.dense_learning_rate=5.0", "training.wide_learning_rate=50.0", "gate.max_churn=0.1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(publish, "withdraw_challenger", unreachable)
+        rejected = run_update(overridden(config, rates))
+    assert rejected is not None
+    assert rejected.outcome == "rejected"
+    assert any("until the next update that reaches it" in note for note in rejected.notes)
+    assert aliases() == {"champion": 1, "challenger": 2}
+    next_hour = timedelta(hours=1)
+    later = replace(rejected, window_start=rejected.window_start + next_hour, window_end=rejected.window_end + next_hour)
+    assert publish.track_only(config, later) == ()
+    assert aliases() == {"champion": 1}
+
+
+@pytest.mark.parametrize("stratified", ["false", "true"])
+def test_a_recorded_plan_repeats_an_update_that_ended_early_with_rows_held_out_and_left_out(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch, stratified: str
+) -> None:
+    sizes = ["training.batch_size=8", "training.micro_batch_size=8", f"sampling.stratified_batches={stratified}"]
+    proven = ["gate.auc_margin=1.0", "gate.false_rejections=0.000001", "sampling.negative_keep_rate=0.5"]
+    config = overridden(config, [*sizes, *proven, "evaluation.probe_rows=0"])
+    first, second = (overridden(config, [f"model_name='{name}'"]) for name in ("first", "second"))
+    for own in (first, second):
+        assert run_update(own) is not None
+    seconds = itertools.count()
+    stopped = run_update(overridden(first, ["budget.seconds=50"]), clock=lambda: float(next(seconds)))
+    assert stopped is not None
+    assert stopped.rows_held_out > 0
+    assert any("out of time" in note for note in stopped.notes)
+    manifest = read_manifest(first.model_dir, stopped.version)
+    assert manifest.permutation_position == stopped.rows_learned > 0
+    plan = RecordedPlan(records=manifest.plan_records(), stopped_at=manifest.permutation_position)
+    monkeypatch.setattr(update, "batch_policy", lambda *_, **__: plan)
+    repeated = run_update(second)
+    assert repeated is not None
+    assert repeated.rows_learned == stopped.rows_learned
+    weights = [load_dense(own.model_dir, read_manifest(own.model_dir, stopped.version)) for own in (first, second)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    tables = [restore_or_create(own, load_spec(own.dataset)).learner.model.tables.slices() for own in (first, second)]
+    assert all(torch.equal(one.tensor, other.tensor) for one, other in zip(*tables, strict=True))
 
 
 def test_to_observe_publishes_and_says_what_the_gate_would_have_done(config: UpdateConfig) -> None:
@@ -441,3 +550,30 @@ def test_a_released_window_does_not_publish_what_is_on_hold(config: UpdateConfig
     assert state.evidence is not None
     assert evidence is not None
     assert (state.evidence.windows, len(state.evidence.pair.labels_H)) == (evidence.windows, len(evidence.pair.labels_H))
+
+
+@pytest.mark.parametrize("config", [0.0], indirect=True)
+@pytest.mark.parametrize("older", [False, True], ids=["the only one", "with one before it"])
+def test_a_corrupt_champion_is_set_aside_and_not_the_challenger(config: UpdateConfig, older: bool) -> None:
+    undecided = ["gate.auc_margin=0.000001", "gate.max_windows=99", "gate.false_rejections=0.000001"]
+    if older:
+        assert learn_all(overridden(config, ["gate.action='off'"]), most=1)[0].outcome == "published"
+    config = overridden(config, undecided)
+    if older:
+        assert run_update(overridden(config, ["gate.action='off'"])) is not None
+    champion = 2 if older else 1
+    *_, held = learn_all(config, most=1 if older else 2)
+    assert (held.outcome, held.version, current_version(config.model_dir)) == ("held", champion + 1, champion)
+    (config.model_dir / f"checkpoints/v{champion:06d}/dense.safetensors").write_bytes(b"rotten")
+    state = restore_or_create(config, load_spec(config.dataset))
+    assert (state.version, state.evidence) == (held.version, None)
+    assert state.serving == (1 if older else None)
+    assert current_version(config.model_dir) == (1 if older else held.version)
+    assert versions(config.model_dir) == [1 if older else held.version]
+    assert any(f"v{champion:06d}" in note and "set aside" in note for note in state.notes)
+    again = restore_or_create(config, load_spec(config.dataset))
+    assert (again.version, again.serving, again.evidence) == (state.version, state.serving, None)
+    report = run_update(config)
+    assert report is not None
+    assert (report.window_start, report.gate and report.gate.windows) == (held.window_end, 1)
+    assert report.serving == (1 if older else held.version)

@@ -487,3 +487,17 @@ def test_real_advertisements_are_ingested_from_their_declaration_alone(tmp_path:
     place = Place(tmp_path, load_spec("amexpert"))
     report = ingest_landing(str(SHARED / "amexpert"), place.log, place.quarantine, place.spec, now=NOW)
     assert (report.rows_accepted, report.rows_rejected, report.files_read) == (60_228, 0, 1)
+
+
+def test_files_of_one_name_in_several_folders_are_read_in_the_same_order_wherever_they_lie(tmp_path: Path) -> None:
+    orders = []
+    for number in range(4):
+        place = Place(tmp_path / f"state-{number}")
+        for folder in range(6):
+            (place.landing / f"host-{folder}").mkdir()
+            place.arrive(f"host-{folder}/clicks.csv", as_csv([event(0, event_id=f"of {folder}", price=folder)]))
+        place.ingest()
+        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in place.log.files()]
+        orders.append(place.log.read(ranges, ["price"]).column("price").to_pylist())
+    assert sorted(orders[0]) == list(range(6))
+    assert orders[1:] == [orders[0]] * 3

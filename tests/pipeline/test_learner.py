@@ -257,7 +257,7 @@ def test_a_pass_replays_to_the_same_bits(small_spec: DatasetSpec, small_examples
     assert 0 < learned.rows < 1000
     assert learned.unreached_R.sum() == 1000 - learned.rows
     replayed = _learner(small_spec)
-    learn(replayed, window, seed=[1], policy=RecordedPlan(records=learned.plan, stopped_at=learned.rows))
+    learn(replayed, window, seed=[1], policy=RecordedPlan(records=learned.plan, stopped_at=learned.position))
     assert _greatest_difference(stopped, replayed) == 0
 
 
@@ -289,8 +289,9 @@ def test_a_plan_that_changes_and_leaves_rows_out_replays_to_the_same_bits(
     assert learned.rows + learned.thinned_rows + unreached == 20_000
     assert learned.thinned_rows > 1000
     assert len({record.batch_size for record in learned.plan}) > 1
+    assert learned.steps == stopped.steps
     replayed = _learner(small_spec, **settings)
-    again = RecordedPlan(records=learned.plan, stopped_at=20_000 - unreached)
+    again = RecordedPlan(records=learned.plan, stopped_at=learned.position)
     repeated = learn(replayed, window, seed=[1], policy=again, stratum_R=strata_R)
     assert _greatest_difference(stopped, replayed) == 0
     assert repeated.plan == learned.plan

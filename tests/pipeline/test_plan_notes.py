@@ -24,9 +24,11 @@ def notes(
     learned = Learned(
         rows=ROWS - thinned,
         unreached_R=np.zeros(ROWS, bool),
+        position=ROWS,
         last_batch_size=64,
         plan=plan,
         loss_curve=(),
+        steps=ROWS // 64,
         skipped_steps=0,
         skipped_rows=0,
         thinned_R=np.arange(ROWS) < thinned if thinned else None,

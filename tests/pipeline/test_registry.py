@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from data_schemas.errors import CheckpointError, TrackingUnavailable
 from pipeline.config import UpdateConfig, load_config
 from pipeline.evaluation.metrics import measure
 from pipeline.outcome import UpdateReport
-from pipeline.publishing.registry import register_model
+from pipeline.publishing.registry import register_model, withdraw_challenger
 from pipeline.publishing.tracking import Tracker, open_experiment, prepare_mlflow
 
 EXAMPLE = pd.DataFrame(
@@ -172,3 +173,13 @@ def test_a_registry_that_cannot_be_reached_says_so(tmp_path: Path, folder: Path)
 def test_a_model_without_a_run_is_registered_all_the_same(config: UpdateConfig, folder: Path) -> None:
     register_model(config, report_at(20), folder, EXAMPLE, EXPECTED)
     assert not champion_of(config).run_id
+
+
+def test_a_challenger_is_withdrawn_and_the_champion_stays(config: UpdateConfig, folder: Path) -> None:
+    own = config.model_copy(update={"model_name": "withdrawn"})
+    register_model(own, report_at(1, "withdrawn"), folder, EXAMPLE, EXPECTED)
+    register_model(own, replace(report_at(2, "withdrawn"), outcome="held"), folder, EXAMPLE, EXPECTED)
+    assert withdraw_challenger(own, "synthetic")
+    assert open_experiment(own)[0].get_registered_model("synthetic-withdrawn").aliases == {"champion": 1}
+    assert not withdraw_challenger(own, "synthetic")
+    assert not withdraw_challenger(own.model_copy(update={"model_name": "never registered"}), "synthetic")
