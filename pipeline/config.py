@@ -343,7 +343,8 @@ class GateConfig(_Part):
     holdout_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Share of a window's users whose rows are not learned in it but judged on; they are learned with the next window."""
     false_rejections: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """Chance that a model as good as the one that serves is rejected."""
+    """Chance that a model as good as the one that serves is rejected: half of it is spent on the first window's held-out rows,
+    half of the rest each time that those of a further one are added."""
     auc_margin: Annotated[float, Field(gt=0)] = 0.02
     """The AUC difference must be known to so much, as half of a 95 % interval; else the model does not serve yet, and the next
     window's held-out rows are added."""
@@ -361,12 +362,14 @@ class GateConfig(_Part):
     """Earlier gains that must be known for that."""
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of steps whose loss was not finite, at most."""
+    max_rows: Annotated[int, Field(ge=1000)] = 50_000
+    """Held-out rows that models are compared on, about; of more, those of some users are taken."""
     bootstrap_samples: Annotated[int, Field(ge=50)] = 500
     """Samples of users that the intervals come from."""
 
     def limits(self) -> Limits:
         """As the gate takes them."""
-        own = self.model_dump(exclude={"action", "holdout_share", "min_copc", "max_copc"})
+        own = self.model_dump(exclude={"action", "holdout_share", "max_rows", "min_copc", "max_copc"})
         return Limits(**own, copc_bounds=(self.min_copc, self.max_copc))
 
 

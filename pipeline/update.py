@@ -20,6 +20,7 @@ from pipeline.data.clicks import is_correction, join_clicks, require_correctable
 from pipeline.data.encode import num_normalised
 from pipeline.data.held import held_windows, hold_aside
 from pipeline.data.lake import ClickLog
+from pipeline.data.lineage import without
 from pipeline.data.negatives import require_sampler
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.window_rows import WindowRows, load_rows
@@ -95,7 +96,9 @@ def run_update(
             report = describe_suspicious(config, spec, window, state, seen, stages.seconds)
             return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
         before, frozen = stages.run("evaluate before learning", lambda: evaluate_before(state, rows, config, spec, deadline))
-        champion_H = stages.run("predict as the champion", lambda: champion_probabilities(state, rows, config, spec))
+        champion_H = stages.run(
+            "predict as the champion", lambda: champion_probabilities(state, rows, config, spec, window.start)
+        )
         rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: evaluate(state, rows, config, deadline))
         state, verdict = stages.run("judge", lambda: _judge(state, rows, champion_H, learned, config, history))
@@ -104,7 +107,8 @@ def run_update(
             report = describe(config, spec, window, state, rows, learned, plan, scores, stages.seconds)
             report = replace(as_rejected(report, state), profile=seen.profile, gate=verdict)
             return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
-        published = not (own and verdict and verdict.decision == "hold")
+        on_hold = verdict.decision == "hold" if verdict else state.serving is not None
+        published = not (own and on_hold)
 
         def described(saved: ModelState) -> UpdateReport:
             report = describe(config, spec, window, saved, rows, learned, plan, scores, stages.seconds)
@@ -202,7 +206,8 @@ def _check(
 
 
 def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now: datetime) -> UpdateReport:
-    """Holds the window aside; the model that serves and what it has consumed stay as they are.
+    """Holds the window aside; the model that serves and what it has consumed stay as they are, and rows that an earlier window
+    left wait on.
 
     What was learned since, and is not proven, is forgotten when the gate rejects it: those windows wait again.
     """
@@ -212,7 +217,7 @@ def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now:
         start=window.start,
         end=window.end,
         log_version=window.log_version,
-        pieces=window.pieces,
+        pieces=without(window.pieces, window.carried) or window.pieces,
         kind="gate" if report.outcome == "rejected" else "alarm",
         reason=reason_of(report),
         now=now,
@@ -243,10 +248,10 @@ def _judge(
     history: Sequence[Mapping[str, Any]],
 ) -> tuple[ModelState, GateVerdict | None]:
     """The state with the evidence that it goes on with, and the verdict; none where there is no model to compare with, or where
-    a person wants the window to be learned."""
+    a person wants the window to be learned: then a model that is on hold stays so."""
     if not rows.judged:
         return state, None
-    evidence = gathered_evidence(state, rows, champion_H)
+    evidence = gathered_evidence(state, rows, champion_H, config.gate.max_rows)
     return replace(state, evidence=evidence), gate_verdict(evidence, rows, learned, config, history)
 
 

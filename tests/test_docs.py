@@ -125,7 +125,7 @@ def test_every_setting_says_what_it_means(kind: type[UpdateConfig] | type[Datase
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
     """A folder with the worked example of the page of data sets: its declaration, and its file in the landing folder."""
-    (declaration,), (rows,) = blocks(DATA_PAGE, "toml"), blocks(DATA_PAGE, "csv")
+    (declaration, *_), (rows,) = blocks(DATA_PAGE, "toml"), blocks(DATA_PAGE, "csv")
     (tmp_path / "shop.toml").write_text(declaration, encoding="utf-8")
     (tmp_path / "landing").mkdir()
     (tmp_path / "landing" / "2026-03-29.csv").write_text(rows, encoding="utf-8")

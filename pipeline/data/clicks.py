@@ -10,7 +10,7 @@ The click log keeps both as they came; nothing is rewritten when a click arrives
   a window does not depend on when it is learned;
 - to an impression that an update has learned: it is corrected;
 - to an impression that waits itself, or that may still arrive: the click waits with it;
-- to none within `attribution_minutes`: it is left out, and counted.
+- to none within `attribution_minutes`, or to one that was discarded: it is left out, and counted.
 
 How both kinds are learned: `models/loss.py`. In counters and histories a corrected impression counts one click and next to no
 impression: it has weight e and label 1/e there.
@@ -188,15 +188,17 @@ def _look_back(log: ClickLog, window: Window, clicks: _Events, rule: Clicks) -> 
     shown = _concatenated([events.take(rows) for (_, events), rows in zip(found, places, strict=True)])
     owner = np.repeat(np.arange(len(found)), [len(rows) for rows in places])
     row = np.concatenate(places) if places else np.empty(0, np.int64)
-    waits = _are_among(window, [piece for piece, _ in found], owner, row)
+    pieces = [piece for piece, _ in found]
+    waits = _are_among((*window.left, *window.pieces, *window.aside), pieces, owner, row)
+    never = _are_among(window.discarded, pieces, owner, row)
     matched = _match(clicks, shown, rule)
     has = np.flatnonzero(matched >= 0)
     fate[has] = np.where(waits[matched[has]], WAITS, DONE)
-    late = has[~waits[matched[has]]]
+    late = has[~(waits | never)[matched[has]]]
     chosen, first_click = np.unique(matched[late], return_index=True)
     fate[late[first_click]] = np.arange(len(chosen))
     hours = clicks.time_us[late[first_click]] // _US_PER_HOUR
-    return tuple(_as_pieces([piece for piece, _ in found], owner[chosen], row[chosen])), hours, fate
+    return tuple(_as_pieces(pieces, owner[chosen], row[chosen])), hours, fate
 
 
 def _concatenated(parts: Sequence[_Events]) -> _Events:
@@ -209,10 +211,10 @@ def _concatenated(parts: Sequence[_Events]) -> _Events:
     )
 
 
-def _are_among(window: Window, pieces: Sequence[Piece], owner: I64, row: I64) -> Mask:
-    """`[K]` whether a row of a file is still to be learned."""
+def _are_among(some: Iterable[Piece], pieces: Sequence[Piece], owner: I64, row: I64) -> Mask:
+    """`[K]` whether a row of a file is among some."""
     waiting: dict[str, Mask] = {}
-    for piece in (*window.left, *window.pieces, *window.aside):
+    for piece in some:
         waiting[piece.file.path] = waiting.get(piece.file.path, np.zeros(piece.file.num_rows, bool)) | piece.rows
     masks = [waiting.get(piece.file.path) for piece in pieces]
     pairs = zip(owner.tolist(), row.tolist(), strict=True)

@@ -51,8 +51,7 @@ class WindowRows:
     Rows that an earlier window did not reach are left out: counters know what happened around them by now.
     """
     held_out: I64
-    """Rows of the click log that are not learned now, and that models are judged by; those that are evaluated are among
-    them."""
+    """Rows of the click log that are new to the model, are not learned now, and judge it."""
     judged: bool
     """Whether the model is compared with the one before; not, where there is none, or where a person wants the window
     learned."""
@@ -131,7 +130,8 @@ def sample_of(click_log: ClickLog, spec: DatasetSpec, start: int, end: int) -> t
 def _held_out(examples: Examples, window: Window, state: ModelState, config: UpdateConfig, *, seed: Sequence[int]) -> Mask:
     if not _is_judged(window, state, config):
         return np.zeros(examples.num_rows, bool)
-    return held_out(examples.user_R, share=config.gate.holdout_share, salt=seed)
+    chosen = held_out(examples.user_R, share=config.gate.holdout_share, salt=seed)
+    return chosen & (examples.hour_R >= window.start)
 
 
 def _is_judged(window: Window, state: ModelState, config: UpdateConfig) -> bool:

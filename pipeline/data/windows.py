@@ -97,7 +97,11 @@ class Window:
     clicks: JoinedClicks | None = None
     """None where clicks are no events of their own."""
     aside: tuple[Piece, ...] = ()
-    """Rows of other windows that are held aside."""
+    """Rows of other windows that are held aside, or released and still to be learned."""
+    discarded: tuple[Piece, ...] = ()
+    """Rows that are never learned."""
+    carried: tuple[Piece, ...] = ()
+    """Of its rows those that an earlier window left: held out, or out of time."""
     released: str = ""
     """Id of the held window that this is, released by a person; empty for all others."""
     released_before: tuple[str, ...] = ()
@@ -148,6 +152,7 @@ def next_window(
     version = log.version
     waiting, aside = waiting_pieces(log, cursor, held)
     pending = _still_there(log, cursor, version)
+    gone = [window.id for window in held if window.status == "discarded"]
     window = Window(
         start=0,
         end=0,
@@ -157,7 +162,8 @@ def next_window(
         late_rows=0,
         left=(),
         removed_rows=sum(piece.num_rows for piece in cursor.pending) - sum(piece.num_rows for piece in pending),
-        aside=tuple(merged(piece for pieces in aside.values() for piece in pieces)),
+        aside=tuple(merged(piece for of, pieces in aside.items() if of not in gone for piece in pieces)),
+        discarded=tuple(merged(piece for of in gone for piece in aside.get(of, ()))),
         released_before=cursor.released,
     )
     for chosen in held:
@@ -216,6 +222,7 @@ def _regular(
         end=end,
         pieces=tuple(taken),
         late_rows=_late_rows(taken, pending, cursor, start),
+        carried=tuple(without(taken, without(taken, [piece for piece in pending if piece.file.hour < start]))),
         left=(*left, *(piece for piece in waiting if piece.file.hour >= end)),
     )
 

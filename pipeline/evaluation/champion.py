@@ -11,44 +11,47 @@ from typing import Any
 import numpy as np
 
 from data_schemas.dataset import DatasetSpec
-from data_schemas.examples import F32
+from data_schemas.examples import F32, I64
 from pipeline.config import UpdateConfig
+from pipeline.data.encode import EncodedWindow, encode
 from pipeline.data.window_rows import WindowRows
 from pipeline.evaluation.gate import GateVerdict, judge
 from pipeline.evaluation.paired import Evidence, Paired
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState, restore_serving
-from pipeline.publishing.predictor import predictor_of
 from pipeline.training.learn import Learned
 
 
-def champion_probabilities(state: ModelState, rows: WindowRows, config: UpdateConfig, spec: DatasetSpec) -> F32:
-    """`[H]` of the held-out rows, by the model that serves, before the window is learned."""
+def champion_probabilities(state: ModelState, rows: WindowRows, config: UpdateConfig, spec: DatasetSpec, hour: int) -> F32:
+    """`[H]` of the held-out rows, by the model that serves, before the window that starts at `hour` is learned."""
     if state.serving is None:
-        return _predicted(state, rows)
+        return _predicted(state, rows.encoded, rows.held_out)
     serving = restore_serving(config, spec, state)
-    with serving.learner.averaged():
-        return predictor_of(serving, spec).predict_examples(rows.examples.take(rows.held_out))
+    held = rows.examples.take(rows.held_out)
+    encoded = encode(held, spec, serving.memory, serving.moments, hour=hour, ids=serving.ids)
+    return _predicted(serving, encoded, np.arange(held.num_rows))
 
 
-def gathered_evidence(state: ModelState, rows: WindowRows, champion_H: F32) -> Evidence:
-    """This window's held-out rows, and those of windows before it that could not decide.
+def gathered_evidence(state: ModelState, rows: WindowRows, champion_H: F32, max_rows: int) -> Evidence:
+    """This window's held-out rows, and those of windows before it that could not decide; of very many, those of some users.
 
     Args:
         state: after learning.
         rows: as they were learned.
         champion_H: what `champion_probabilities` gave before.
+        max_rows: about so many are kept.
     """
     held, before = rows.held_out, state.evidence
     known_share = rows.encoded.known_share(held)
     pair = Paired(
         labels_H=np.minimum(rows.examples.labels_R[held], 1),
         champion_H=champion_H * known_share,
-        challenger_H=_predicted(state, rows) * known_share,
+        challenger_H=_predicted(state, rows.encoded, held) * known_share,
         weights_H=rows.judged_weights_R[held],
         user_H=rows.examples.user_R[held],
     )
-    return Evidence(pair=pair.plus(before.pair) if before else pair, windows=1 + (before.windows if before else 0))
+    pair = pair.plus(before.pair if before else None).at_most(max_rows, rows.seed)
+    return Evidence(pair=pair, windows=1 + (before.windows if before else 0))
 
 
 def gate_verdict(
@@ -77,7 +80,7 @@ def past_gains(history: Sequence[Mapping[str, Any]], *, before: int) -> list[flo
     return found
 
 
-def _predicted(state: ModelState, rows: WindowRows) -> F32:
+def _predicted(state: ModelState, encoded: EncodedWindow, rows: I64) -> F32:
     learner = state.learner
     with learner.averaged() as dense_weights:
-        return probabilities(learner.model, dense_weights, rows.encoded, rows.held_out, device=learner.device)
+        return probabilities(learner.model, dense_weights, encoded, rows, device=learner.device)

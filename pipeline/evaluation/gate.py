@@ -22,6 +22,8 @@ Decision = Literal["publish", "hold", "reject"]
 
 TESTS = 2
 """Significance tests that share `false_rejections`: AUC and log loss."""
+ENOUGH_FREEDOM = 9.0
+"""Degrees of freedom from which on the margin counts: ten users who clicked."""
 LEAST_GAIN = 0.003
 """Of AUC: below it no spread of earlier gains makes a gain suspicious."""
 MAD_TO_DEVIATION = 1.4826
@@ -32,7 +34,8 @@ class Limits:
     """What the gate allows."""
 
     false_rejections: float = 0.02
-    """Chance that a challenger equal to the champion is called worse; all significance tests together."""
+    """Chance that a challenger equal to the champion is called worse, by all significance tests of all windows that are pooled:
+    half of it is spent at the first, half of the rest at each further one."""
     auc_margin: float = 0.02
     """Half the width of the 95 % interval of the AUC difference from which on it can decide."""
     max_windows: int = 6
@@ -108,13 +111,14 @@ def judge(
         steps: of the pass.
         seed: of the bootstrap.
     """
-    finite = bool(np.isfinite(pair.challenger_H).all())
+    finite, champion_is_finite = (bool(np.isfinite(own).all()) for own in (pair.challenger_H, pair.champion_H))
     figures = [_finite(pair), _skipped(skipped_steps, steps, limits)]
     found: Differences | None = None
-    if finite and len(pair.labels_H):
+    if finite and champion_is_finite and len(pair.labels_H):
         found = differences(pair, num_samples=limits.bootstrap_samples, seed=seed)
-        figures += [*_harm(found, limits), _calibration(pair, limits), _churn(pair, limits), _leak(found, past_gains, limits)]
-    enough = _evidence(found, pair, windows, limits)
+        figures += [*_harm(found, windows, limits), _calibration(pair, limits), _churn(pair, limits)]
+        figures += [_leak(found, past_gains, limits)]
+    enough = _evidence(found, pair, windows, limits) if champion_is_finite else _no_champion(pair)
     decision: Decision = "publish"
     if wrong := [figure for figure in figures if not figure.passed]:
         decision, reason = "reject", "; ".join(figure.sentence for figure in wrong)
@@ -151,6 +155,19 @@ def _finite(pair: Paired) -> GateFigure:
     )
 
 
+def _no_champion(pair: Paired) -> GateFigure:
+    """Any model whose predictions are finite is better than one whose are not."""
+    wrong = int((~np.isfinite(pair.champion_H)).sum())
+    return GateFigure(
+        name="evidence",
+        value=None,
+        low=None,
+        high=None,
+        passed=True,
+        sentence=f"{wrong:,} of {len(pair.champion_H):,} predictions of the model that serves are not finite",
+    )
+
+
 def _skipped(skipped_steps: int, steps: int, limits: Limits) -> GateFigure:
     share = skipped_steps / max(steps, 1)
     return GateFigure(
@@ -163,10 +180,11 @@ def _skipped(skipped_steps: int, steps: int, limits: Limits) -> GateFigure:
     )
 
 
-def _harm(found: Differences, limits: Limits) -> Iterator[GateFigure]:
+def _harm(found: Differences, windows: int, limits: Limits) -> Iterator[GateFigure]:
+    level = limits.false_rejections / TESTS / 2**windows
     for name, difference in (("AUC", found.auc), ("log loss", found.log_loss)):
         if difference is not None:
-            yield _difference(name, difference, limits.false_rejections / TESTS)
+            yield _difference(name, difference, level)
 
 
 def _difference(name: str, difference: Difference, level: float) -> GateFigure:
@@ -253,13 +271,13 @@ def _evidence(found: Differences | None, pair: Paired, windows: int, limits: Lim
     """Whether there is enough of it to decide: the challenger is surely better, or how much better or worse is known closely
     enough, or `max_windows` have gone by."""
     half = None
-    if found and found.auc and found.auc.error > 0:
+    if found and found.auc and found.auc.error > 0 and found.auc.freedom >= ENOUGH_FREEDOM:
         interval = found.auc.interval()
         half = (interval.high - interval.low) / 2
     known = [difference for difference in ((found.auc, found.log_loss) if found else ()) if difference]
-    better = any(difference.interval().low > 0 for difference in known)
+    better = any(difference.freedom >= ENOUGH_FREEDOM and difference.interval().low > 0 for difference in known)
     same = found is not None and np.array_equal(pair.champion_H, pair.challenger_H)
-    shown = "has none" if half is None else f"is known to +-{half:.4f}"
+    shown = "is not known, too few users clicked" if half is None else f"is known to +-{half:.4f}"
     return GateFigure(
         name="evidence",
         value=half,

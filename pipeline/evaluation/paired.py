@@ -23,6 +23,8 @@ F64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 SAMPLES_AT_A_TIME = 32
+LEAST_USERS = 2.0
+"""Effective users of either class, below which nothing can be said of luck."""
 
 
 def held_out(user_R: U64, *, share: float, salt: Sequence[int]) -> Mask:
@@ -58,6 +60,13 @@ class Paired:
             return self
         return Paired(**{name: np.concatenate([array, getattr(other, name)]) for name, array in vars(self).items()})
 
+    def at_most(self, rows: int, seed: Sequence[int]) -> "Paired":
+        """All, or those of so many users that they are about `rows`."""
+        if len(self.labels_H) <= rows:
+            return self
+        chosen = held_out(self.user_H, share=rows / len(self.labels_H), salt=[*seed, 8])
+        return Paired(**{name: array[chosen] for name, array in vars(self).items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -87,7 +96,7 @@ class Difference:
     error: float
     """Standard error over users."""
     freedom: float
-    """Degrees of freedom: effective users less one, at least 1."""
+    """Degrees of freedom: effective users who clicked, or who did not, whichever are fewer, less one; at least 1."""
 
     def interval(self, level: float = 0.95) -> Interval:
         """Student's, two-sided."""
@@ -106,9 +115,9 @@ class Differences:
     """Between two models on the same rows. What does not exist is None."""
 
     auc: Difference | None
-    """None without both classes."""
-    log_loss: Difference
-    """Of the mean log loss, relative to the champion's; above 0 the challenger's is lower."""
+    """None without two users who clicked and two who did not."""
+    log_loss: Difference | None
+    """Of the mean log loss, relative to the champion's; above 0 the challenger's is lower. None in the same case."""
     delong: Interval | None
     """Of the AUC difference, 95 %, as if rows were independent."""
     num_users: int
@@ -118,7 +127,7 @@ def differences(pair: Paired, *, num_samples: int, seed: Sequence[int]) -> Diffe
     """The bootstrap of users (Field and Welsh 2007): whole users are drawn with replacement, here by Poisson(1) counts.
 
     With few users its percentiles are too narrow; so the standard error is taken from it, and the interval is Student's with
-    the effective number of users, `(sum n)^2 / sum n^2` over their rows' weights, less one.
+    the effective number of users, `(sum n)^2 / sum n^2` over the weights of their clicks or of their other rows, less one.
 
     Args:
         pair: H rows, at least one, all finite.
@@ -130,8 +139,12 @@ def differences(pair: Paired, *, num_samples: int, seed: Sequence[int]) -> Diffe
     users = np.where(pair.user_H == MISSING, mix64(np.arange(len(order), dtype=np.uint64)), pair.user_H)
     _, user_H = np.unique(users, return_inverse=True)
     num_users = int(user_H.max()) + 1
-    rows_U = np.bincount(user_H, weights=pair.weights_H)
-    freedom = max(float(rows_U.sum() ** 2 / (rows_U**2).sum()) - 1, 1.0)
+    clicked = pair.labels_H > 0
+    least = min(_effective(user_H[chosen], pair.weights_H[chosen]) for chosen in (clicked, ~clicked))
+    if least < LEAST_USERS:
+        delong = _delong(pair) if clicked.any() and not clicked.all() else None
+        return Differences(auc=None, log_loss=None, delong=delong, num_users=num_users)
+    freedom = least - 1
     ranked = [_Ranked.of(scores, pair.labels_H) for scores in (pair.champion_H, pair.challenger_H)]
     losses_H = [_log_loss(scores, pair.labels_H) for scores in (pair.champion_H, pair.challenger_H)]
     weights_H = pair.weights_H.astype(np.float64)
@@ -142,13 +155,20 @@ def differences(pair: Paired, *, num_samples: int, seed: Sequence[int]) -> Diffe
         drawn = _both(ranked, losses_H, counts_SU[:, user_H] * weights_H)
         aucs_S.append(drawn[0])
         log_losses_S.append(drawn[1])
-    both = 0 < np.count_nonzero(pair.labels_H) < len(pair.labels_H)
     return Differences(
-        auc=_difference(float(auc[0]), np.concatenate(aucs_S), freedom) if both else None,
+        auc=_difference(float(auc[0]), np.concatenate(aucs_S), freedom),
         log_loss=_difference(float(log_loss[0]), np.concatenate(log_losses_S), freedom),
-        delong=_delong(pair) if both else None,
+        delong=_delong(pair),
         num_users=num_users,
     )
+
+
+def _effective(user_H: I64, weights_H: F32) -> float:
+    """Users, those of many rows for more than those of few; 0 of no rows."""
+    if not len(user_H):
+        return 0.0
+    rows_U = np.bincount(user_H, weights=weights_H)
+    return float(rows_U.sum() ** 2 / (rows_U**2).sum())
 
 
 @dataclass(frozen=True)

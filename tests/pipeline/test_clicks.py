@@ -19,6 +19,7 @@ from data_schemas.examples import Examples
 from pipeline.config import MaintenanceConfig, SamplingConfig, WindowConfig
 from pipeline.data.clicks import as_corrections, is_correction, join_clicks, require_correctable
 from pipeline.data.compaction import compact
+from pipeline.data.held import decide, held_windows, hold_aside
 from pipeline.data.ingest import IngestReport, ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.windows import Cursor, Window, next_window, read_pieces, read_window
@@ -177,6 +178,33 @@ def test_a_click_that_is_too_late_for_its_impression_changes_nothing(shop: Shop)
     shop.arrive(("shown", 2, 2.2), ("click", 1, 2.11), ("click", 2, 2.1))
     cursor, learned = shop.learn(cursor)
     assert learned == [(2, 0)]
+
+
+def test_a_click_on_a_discarded_impression_is_left_out_and_one_on_a_held_one_waits(shop: Shop, tmp_path: Path) -> None:
+    shop.arrive(("shown", 1, 0.1))
+    first = shop.window(Cursor())
+    assert first is not None
+    hold_aside(
+        tmp_path,
+        start=first.start,
+        end=first.end,
+        log_version=first.log_version,
+        pieces=first.pieces,
+        kind="alarm",
+        reason="looks odd",
+        now=NOW,
+    )
+    shop.arrive(("click", 1, 1.2), ("shown", 2, 1.1))
+    fates = []
+    for _ in range(2):
+        window = next_window(shop.log, Cursor(), WindowConfig(), NOW, held_windows(tmp_path))
+        assert window is not None
+        window = join_clicks(shop.log, window, shop.spec)
+        assert window.clicks is not None
+        fates.append((window.clicks.waiting, window.clicks.unattributed, window.clicks.num_corrections))
+        if len(fates) == 1:
+            decide(tmp_path, held_windows(tmp_path)[0].id, "discarded")
+    assert fates == [(1, 0, 0), (0, 1, 0)]
 
 
 def test_files_of_clicks_need_nothing_but_time_and_key(tmp_path: Path) -> None:

@@ -161,6 +161,60 @@ def test_equal_models_are_published_once_they_are_known_closely_enough() -> None
     assert verdict(few, windows=LIMITS.max_windows).decision == "publish", "after so many windows no proof of harm is enough"
 
 
+def test_with_one_user_luck_cannot_be_told_and_the_model_waits() -> None:
+    for seed in range(20):
+        pair = pair_of(200, seed=seed)
+        found = verdict(replace(pair, user_H=np.full(200, pair.user_H[0])), limits=replace(LIMITS, max_churn=10))
+        assert (found.decision, found.auc_difference) == ("hold", None)
+
+
+def test_with_few_clicks_equal_models_are_rejected_no_more_often_and_wait() -> None:
+    rng, decisions = np.random.default_rng(0), []
+    limits = replace(LIMITS, bootstrap_samples=100, max_churn=10, copc_bounds=(1e-6, 1e6))
+    for _ in range(300):
+        users, log_odds = rng.integers(1, 101, 400), rng.normal(-4.5, 0.5, 400)
+        pair = Paired(
+            labels_H=(rng.random(400) < 1 / (1 + np.exp(-log_odds))).astype(np.float32),
+            champion_H=(1 / (1 + np.exp(-log_odds - rng.normal(0, 0.5, 400)))).astype(np.float32),
+            challenger_H=(1 / (1 + np.exp(-log_odds - rng.normal(0, 0.5, 400)))).astype(np.float32),
+            weights_H=np.ones(400, np.float32),
+            user_H=mix64(users.astype(np.uint64)),
+        )
+        decisions.append(verdict(pair, limits=limits).decision)
+    assert decisions.count("reject") <= 12, "4 % of 300, where 1 % is designed"
+    assert decisions.count("publish") <= 30, "five clicks prove nothing"
+
+
+def test_the_chance_of_a_false_rejection_is_spent_over_the_windows() -> None:
+    pair = pair_of(better=1.0, noise=0.3)
+    worse = replace(pair, champion_H=pair.challenger_H, challenger_H=pair.champion_H)
+    found = differences(worse, num_samples=500, seed=(1, 2))
+    assert found.log_loss is not None
+    chance = found.log_loss.chance_of_harm_by_luck()
+    just_enough = replace(LIMITS, false_rejections=chance * 2 * 2 * 1.01)
+    assert "log loss" in failed(verdict(worse, limits=just_enough, windows=1))
+    assert "log loss" not in failed(verdict(worse, limits=just_enough, windows=2))
+
+
+def test_any_finite_model_is_better_than_one_that_is_not() -> None:
+    for value in (np.nan, np.inf):
+        found = verdict(replace(pair_of(), champion_H=np.full(4000, value, np.float32)))
+        assert (found.decision, found.reason) == (
+            "publish",
+            "4,000 of 4,000 predictions of the model that serves are not finite",
+        )
+        assert found.auc_difference is None
+
+
+def test_of_very_many_rows_those_of_some_users_are_compared() -> None:
+    pair = pair_of(4000)
+    some = pair.at_most(1000, (1, 2))
+    assert 700 < len(some.labels_H) < 1300
+    assert not np.isin(pair.user_H[~np.isin(pair.user_H, some.user_H)], some.user_H).any()
+    assert np.isin(pair.user_H, some.user_H).sum() == len(some.labels_H), "all rows of a user, or none"
+    assert pair.at_most(4000, (1, 2)) is pair
+
+
 @pytest.mark.parametrize(
     ("broken", "figure"),
     [
@@ -214,15 +268,19 @@ def test_skipped_steps_are_a_share_of_the_steps_that_were_made_whatever_their_si
     rows=st.integers(1, 60),
     seed=st.integers(0, 10**6),
     extreme=st.sampled_from([0.0, 1.0, 0.5, float("nan"), float("inf")]),
+    other_extreme=st.sampled_from([0.0, 1.0, 0.5, float("nan"), float("inf")]),
     users=st.integers(1, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_pair_gets_a_verdict_whatever_the_order_of_rows(rows: int, seed: int, extreme: float, users: int) -> None:
+def test_any_pair_gets_a_verdict_whatever_the_order_of_rows(
+    rows: int, seed: int, extreme: float, other_extreme: float, users: int
+) -> None:
     rng = np.random.default_rng(seed)
     pair = pair_of(rows, seed=seed)
     pair = replace(
         pair,
         challenger_H=np.where(rng.random(rows) < 0.3, np.float32(extreme), pair.challenger_H).astype(np.float32),
+        champion_H=np.where(rng.random(rows) < 0.1, np.float32(other_extreme), pair.champion_H).astype(np.float32),
         user_H=np.where(rng.random(rows) < 0.2, MISSING, mix64(rng.integers(0, users, rows).astype(np.uint64))),
     )
     limits = replace(LIMITS, bootstrap_samples=50)
@@ -307,7 +365,7 @@ def learn_all(config: UpdateConfig, *, most: int = 12) -> list[UpdateReport]:
 
 
 def test_held_out_rows_are_learned_with_the_next_window(config: UpdateConfig) -> None:
-    reports = learn_all(overridden(config, ["gate.auc_margin=1.0", "gate.false_rejections=0.000001"]))
+    reports = learn_all(overridden(config, ["gate.max_windows=1", "gate.false_rejections=0.000001"]))
     assert [report.outcome for report in reports] == ["published"] * HOURS
     assert (reports[0].gate, reports[0].rows_held_out) == (None, 0), "there was no model to compare with"
     for before, report in itertools.pairwise(reports):
@@ -384,7 +442,11 @@ def test_a_rejection_forgets_what_was_not_proven_and_its_windows_wait_again(conf
     assert (rejected.window_start.hour, head_version(config.model_dir)) == (2, None)
     again = run_update(undecided)
     assert again is not None
-    assert (again.window_start.hour, again.rows) == (1, 400 - held.rows_held_out), "those were in the rejected window"
+    assert (again.window_start.hour, again.rows) == (1, 400), "no row of it is held aside with the next window"
+    assert again.gate is not None
+    assert again.gate.rows == held.rows_held_out > 0, "the same users judge it again"
+    (aside,) = held_windows(config.model_dir)
+    assert aside.num_rows == 400
     assert (held.version, again.version) == (2, 3), "another model gets another number"
     assert [record["version"] for record in read_history(config.model_dir) if record["outcome"] == "held"] == [2, 3]
 
@@ -463,8 +525,31 @@ def test_to_observe_publishes_and_says_what_the_gate_would_have_done(config: Upd
     config = overridden(config, ["gate.action='observe'", "gate.auc_margin=0.000001", "gate.false_rejections=0.000001"])
     reports = learn_all(config, most=2)
     assert [report.outcome for report in reports] == ["published", "published"]
-    if reports[1].gate is not None and reports[1].gate.decision == "hold":
-        assert any("only to observe" in note for note in reports[1].notes)
+    assert reports[1].gate is not None
+    assert reports[1].gate.decision == "hold"
+    assert any("only to observe" in note for note in reports[1].notes)
+
+
+def test_a_released_window_does_not_publish_what_is_on_hold(config: UpdateConfig) -> None:
+    undecided = overridden(config, ["gate.auc_margin=0.000001", "gate.false_rejections=0.000001"])
+    rates = ["training.dense_learning_rate=5.0", "training.wide_learning_rate=50.0"]
+    assert [report.outcome for report in learn_all(undecided, most=1)] == ["published"]
+    rejected = run_update(overridden(undecided, [*rates, "gate.max_churn=0.1"]))
+    held = run_update(undecided)
+    assert rejected is not None
+    assert held is not None
+    assert (rejected.outcome, held.outcome) == ("rejected", "held")
+    (aside,) = held_windows(config.model_dir)
+    decide(config.model_dir, aside.id, "released")
+    evidence = restore_or_create(undecided, load_spec(config.dataset)).evidence
+    report = run_update(undecided)
+    assert report is not None
+    assert (report.outcome, report.rows, report.gate, report.serving) == ("held", 400, None, 1)
+    state = restore_or_create(undecided, load_spec(config.dataset))
+    assert (state.serving, current_version(config.model_dir)) == (1, 1)
+    assert state.evidence is not None
+    assert evidence is not None
+    assert (state.evidence.windows, len(state.evidence.pair.labels_H)) == (evidence.windows, len(evidence.pair.labels_H))
 
 
 @pytest.mark.parametrize("config", [0.0], indirect=True)
