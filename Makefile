@@ -27,7 +27,7 @@ define timed
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-slow faults lint install clean check-python
+.PHONY: help demo compare lab test test-slow faults lint install clean check-python
 
 help:  ## List the targets.
 	@echo 'tidemark: make TARGET [PYTHON=python3.12] [DEVICE=cuda] [TORCH_INDEX=address]'
@@ -41,6 +41,11 @@ compare: $(INSTALLED)  ## Compare batch strategies on 24 synthetic hours, 5 seed
 	@mkdir -p compare/prefect
 	@unset PREFECT_API_URL; PREFECT_HOME='$(CURDIR)/compare/prefect' $(BIN)/python flows/compare_batch_strategies.py \
 	  --dataset synthetic --generate --landing compare/landing --state-dir compare/state --seeds 5 --workers 2
+
+lab: $(INSTALLED)  ## Put claims about batch sizes to the test, renew docs/batch_size.md; under 8 minutes on two cores.
+	@mkdir -p lab/prefect
+	@unset PREFECT_API_URL; PREFECT_HOME='$(CURDIR)/lab/prefect' $(BIN)/python flows/batch_size_lab.py \
+	  --state-dir lab/state --docs docs --workers 2
 
 test: lint  ## Run the checks and the tests.
 	@$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --durations=5
@@ -58,7 +63,7 @@ lint: $(INSTALLED)  ## Run ruff and mypy only.
 
 install: $(INSTALLED)  ## Make .venv, without running anything.
 
-clean:  ## Remove .venv and the caches; state/, landing/, demo/ and compare/ stay.
+clean:  ## Remove .venv and the caches; state/, landing/, demo/, compare/ and lab/ stay.
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(wildcard data_schemas sampling models pipeline flows benchmarks tests) -name __pycache__ -prune -exec rm -rf {} +
 
