@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 from data_schemas.dataset import load_spec
 from flows.alerts import failures_told, tell_of
 from flows.artifacts import publish_report
+from flows.history import reports_of
 from flows.stages import run_as_task
 from flows.terminal import Advance, progress, tell
 from pipeline.config import UpdateConfig, load_config
@@ -18,8 +19,8 @@ from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.windows import as_time
-from pipeline.outcome import UpdateReport
-from pipeline.publishing.checkpoint import learned_until
+from pipeline.outcome import LEARNED, UpdateReport
+from pipeline.publishing.checkpoint import current_version, learned_until
 from pipeline.publishing.report import verdict
 from pipeline.update import run_update
 
@@ -55,7 +56,8 @@ def catch_up(
     Args:
         config: settings of each update.
         until: taken for now, so that no window that ends later is closed; None: the wall clock.
-        register: which updates put their model into the registry.
+        register: which updates put their model into the registry; with "last", what serves in the end is its champion,
+            whichever update made it.
         tell: takes one line for each thing done.
 
     Raises:
@@ -105,6 +107,9 @@ def learn_waiting(
             for line in (verdict(report), *(f"  {note}" for note in report.notes)):
                 tell(line)
             tell_of(report, config, tell)
+    if register == "last":
+        for note in run_as_task("register what serves", lambda: _register_serving(config)):
+            tell(note)
     tell(_summary(config, reports))
     return reports
 
@@ -131,13 +136,34 @@ def _update(config: UpdateConfig, now: datetime, advance: Advance, *, registers:
     return run_update(config, stage=stage, now=now, progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"))
 
 
+def _register_serving(config: UpdateConfig) -> tuple[str, ...]:
+    """The version that serves as the registry's champion, where the last update did not publish; notes on what went wrong."""
+    if not (config.tracking.enabled and config.tracking.register_model):
+        return ()
+    from pipeline.publishing.publish import register_serving  # imports MLflow, which takes a second
+
+    serving = current_version(config.model_dir)
+    published = (report for report in reports_of(config.model_dir) if report.outcome == "published")
+    made = [report for report in published if report.version == serving]
+    return register_serving(config, load_spec(config.dataset), made[-1]) if made else ()
+
+
 def _summary(config: UpdateConfig, reports: Sequence[UpdateReport]) -> str:
     if not reports:
         return f"nothing to do: no closed window waits for the model {config.model_name!r}"
-    rows, seconds = sum(report.rows_learned for report in reports), sum(report.total_seconds for report in reports)
-    windows = "1 window" if len(reports) == 1 else f"{len(reports)} windows"
-    pending = f", {reports[-1].rows_pending:,} rows wait for later windows" if reports[-1].rows_pending else ""
-    return (
-        f"learned {windows}, {rows:,} rows in {seconds:.1f} s{pending}; "
-        f"version {reports[-1].version} of {config.model_name!r} serves"
-    )
+    learned = [report for report in reports if report.outcome in LEARNED]
+    windows = _windows(len(learned))
+    rows, seconds = sum(report.rows_learned for report in learned), sum(report.total_seconds for report in reports)
+    pending = f", {learned[-1].rows_pending:,} rows wait for later windows" if learned and learned[-1].rows_pending else ""
+    aside = f"; {_windows(len(reports) - len(learned))} held aside" if len(reports) > len(learned) else ""
+    return f"learned {windows}, {rows:,} rows in {seconds:.1f} s{pending}{aside}; {_serving(config, reports[-1])}"
+
+
+def _windows(number: int) -> str:
+    return "1 window" if number == 1 else f"{number} windows"
+
+
+def _serving(config: UpdateConfig, last: UpdateReport) -> str:
+    if last.serving is None:
+        return f"version {last.version} of {config.model_name!r} serves"
+    return f"version {last.serving} of {config.model_name!r} serves, version {last.version} is not proven yet"

@@ -169,6 +169,16 @@ def restore_serving(config: UpdateConfig, spec: DatasetSpec, state: ModelState) 
     return _restored(state.serving, config, spec, state.learner.processes)
 
 
+def restore_version(config: UpdateConfig, spec: DatasetSpec, version: int) -> ModelState:
+    """The model of a version that is kept.
+
+    Raises:
+        SpecMismatch: it belongs to another spec or another kind of model.
+        CorruptCheckpoint: it is not whole, or gone.
+    """
+    return _restored(version, config, spec, Processes.started())
+
+
 def save(
     state: ModelState,
     window: Window,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.comparison.statistics import Estimate, PairedDifference, mean_with_interval, paired_difference
+from pipeline.lab.checks import need_batches, need_seeds
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes
 from pipeline.lab.problems import Clicks, clicks, descend, loss_and_auc, small_net
@@ -72,6 +73,8 @@ def run(
         num_rows: to learn.
         seeds: of first weights and of the order of rows; at least 2.
     """
+    need_seeds(seeds)
+    need_batches([batch_size * factor ** sum(mark < passes for mark in marks)], num_rows)
     data = clicks(num_rows)
     fixed = {"batch_size": batch_size, "learning_rate": learning_rate, "factor": factor, "marks": marks}
     schedules = {

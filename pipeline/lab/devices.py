@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from data_schemas.errors import ConfigError
+from pipeline.lab.checks import need_batches
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes
 from pipeline.lab.many_nets import ManyNets, descend, log_losses
@@ -67,6 +69,9 @@ def run(
         passes: over the rows.
         seeds: of first weights and of the order of rows.
     """
+    need_batches([workers * batch_size], num_rows)
+    if wrong := [period for period in periods if period < 2]:
+        raise ConfigError(f"periods must be at least 2, beside every step, which is always there; got {wrong[0]}")
     data = clicks(num_rows)
     ways = [*(Sharing(every=period) for period in (1, *periods)), Sharing(every=None), Sharing(every=None, apart=True)]
     nets = trained(data, ways, workers=workers, batch_size=batch_size, rate=learning_rate, passes=passes, seeds=seeds)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_schemas.errors import ConfigError
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes, tick_sizes
 from pipeline.lab.problems import TwoBasins
@@ -41,6 +42,8 @@ def run(
         runs: for each batch size.
         seed: of the noise.
     """
+    if not -1.5 < tilt < 0:
+        raise ConfigError(f"tilt must be between -1.5 and 0, so that there are a poor and a good minimum; got {tilt}")
     loss = TwoBasins(height=0.25, tilt=tilt, noise_variance=noise_deviation**2)
     first_steps = rows // batch_sizes[0]
     plans = {

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pipeline.comparison.statistics import Estimate, PairedDifference, holm, mean_with_interval, paired_difference
 from pipeline.config import RateDecay, RateScaling, TrainingConfig
+from pipeline.lab.checks import need_batches, need_seeds
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, name_axes
 from pipeline.lab.problems import Clicks, clicks, descend, loss_and_auc, small_net
@@ -81,6 +82,8 @@ def run(
         num_rows: to learn.
         seeds: of first weights and of the order of rows; at least 2.
     """
+    need_seeds(seeds)
+    need_batches([reference_batch * times], num_rows)
     data = clicks(num_rows)
     rates = {"sgd": learning_rate, "lars": lars_learning_rate}
     held_out: dict[str, list[float]] = {}

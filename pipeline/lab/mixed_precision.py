@@ -69,8 +69,9 @@ def run(
     }
     lost_bf16 = [lost_share(row_gradients(data, batch_size=batch), DTYPES["bf16"], 1.0) for batch in batch_sizes]
     aucs = {arm.name: [trained_auc(data, arm, batch=training_batch, seed=seed) for seed in range(seeds)] for arm in ARMS}
-    seconds = row_seconds(data, batch=training_batch, rounds=rounds)
-    memory = {arm.name: saved_bytes(arm, data, rows=training_batch) / training_batch for arm in ARMS}
+    learners = {arm.name: learner_of(arm, batch=training_batch) for arm in ARMS}
+    memory = {name: saved_bytes(own, data, rows=training_batch) / training_batch for name, own in learners.items()}
+    seconds = row_seconds(learners, data, batch=training_batch, rounds=rounds)
     figure, (upper, lower) = canvas(2)
     for number, (name, share) in enumerate(
         {"fp16": lost[1.0], f"fp16, loss x {LOSS_SCALE:g}": lost[LOSS_SCALE], "bf16": lost_bf16}.items()
@@ -151,9 +152,8 @@ def learner_of(arm: Arm, *, batch: int, seed: int = 0) -> Learner:
     return learner
 
 
-def row_seconds(data: Clicks, *, batch: int, rounds: int) -> dict[str, float]:
+def row_seconds(learners: Mapping[str, Learner], data: Clicks, *, batch: int, rounds: int) -> dict[str, float]:
     """CPU seconds of a row in each arithmetic: medians over interleaved rounds, after one that warms up."""
-    learners = {arm.name: learner_of(arm, batch=batch) for arm in ARMS}
     rows = min(len(data.learned), 4 * batch)
     taken: dict[str, list[float]] = {name: [] for name in learners}
     for number in range(rounds + 1):
@@ -164,9 +164,8 @@ def row_seconds(data: Clicks, *, batch: int, rounds: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in taken.items()}
 
 
-def saved_bytes(arm: Arm, data: Clicks, *, rows: int) -> int:
+def saved_bytes(learner: Learner, data: Clicks, *, rows: int) -> int:
     """Of the activations that one forward pass of the dense network keeps for its backward pass; weights are not counted."""
-    learner = learner_of(arm, batch=rows)
     chunk = learner.look_up(data.window.minibatch(data.learned[:rows]))
     deep_BS, wide_BW = chunk.pooled.deep_BS.detach().requires_grad_(), chunk.pooled.wide_BW.detach().requires_grad_()
     weights = {parameter.untyped_storage().data_ptr() for parameter in learner.model.net.parameters()}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.comparison.statistics import paired_difference
+from pipeline.lab.checks import need_batches, need_seeds
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes, tick_sizes
 from pipeline.lab.problems import Clicks, Normalisation, clicks, descend, loss_and_auc, small_net
@@ -48,6 +49,8 @@ def run(
         passes: over the rows.
         seeds: of first weights and of the order of rows; at least 2.
     """
+    need_seeds(seeds)
+    need_batches(batch_sizes, num_rows)
     data = clicks(num_rows)
     rates = [learning_rate * scaled("sqrt", batch, batch_sizes[-1], None) for batch in batch_sizes]
     found = {

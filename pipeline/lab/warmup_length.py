@@ -13,6 +13,7 @@ from itertools import pairwise, product
 
 import torch
 
+from pipeline.lab.checks import need_batches
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes
 from pipeline.lab.many_nets import ManyNets, descend, log_losses, shuffled
@@ -43,6 +44,7 @@ def run(
         passes: over the rows.
         seeds: of first weights and of the order of rows.
     """
+    need_batches(batch_sizes, num_rows)
     data = clicks(num_rows)
     losses, lengths = [], []
     for batch in batch_sizes:

@@ -15,6 +15,7 @@ from itertools import product
 import numpy as np
 import torch
 
+from pipeline.lab.checks import need_batches
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes, tick_sizes
 from pipeline.lab.many_nets import ManyNets, descend, log_losses, shuffled
@@ -44,6 +45,7 @@ def run(
         passes: over the rows.
         seeds: of first weights and of the order of rows.
     """
+    need_batches(batch_sizes, num_rows, least=2)
     data = clicks(num_rows, seed=1)
     losses: dict[str, list[list[float]]] = {ONE_RATE: [], IN_PROPORTION: []}
     for batch in batch_sizes:

@@ -10,16 +10,19 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from data_schemas.dataset import DatasetSpec
-from data_schemas.errors import TrackingUnavailable
+from data_schemas.errors import TidemarkError, TrackingUnavailable
 from data_schemas.examples import F32
 from pipeline.config import UpdateConfig
+from pipeline.data.lake import ClickLog
+from pipeline.data.window_rows import sample_of
+from pipeline.data.windows import as_hour
 from pipeline.evaluation.metrics import CalibrationBin
-from pipeline.model_state import ModelState
+from pipeline.model_state import ModelState, restore_version
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.checkpoint import head_version
 from pipeline.publishing.plots import update_plots
-from pipeline.publishing.predictor import export_predictor
-from pipeline.publishing.registry import register_model, withdraw_challenger
+from pipeline.publishing.predictor import export_predictor, predictor_of
+from pipeline.publishing.registry import champion_checkpoint, promote_checkpoint, register_model, withdraw_challenger
 from pipeline.publishing.report import as_markdown, read_history
 from pipeline.publishing.tracking import Tracker, tables_of
 
@@ -73,6 +76,36 @@ def publish_update(
             log.warning("the model was not registered: %s", error)
             return (*notes, f"the model was not registered ({error}); the next update registers its own")
     return notes
+
+
+def register_serving(config: UpdateConfig, spec: DatasetSpec, report: UpdateReport) -> tuple[str, ...]:
+    """Makes the version that serves the registry's champion, where another is; notes on what could not be done.
+
+    Args:
+        config: settings.
+        spec: of the model.
+        report: of the update that published the version that serves; one that learned no row is not registered.
+    """
+    if report.rows_learned == 0:
+        return ()
+    try:
+        if champion_checkpoint(config, spec.name) == report.version or promote_checkpoint(config, spec.name, report.version):
+            return ()
+        click_log = ClickLog.open_or_create(config.log_path, spec)
+        examples, frame = sample_of(click_log, spec, as_hour(report.window_start), as_hour(report.window_end))
+        if not len(frame):
+            return (f"version {report.version} was not registered: no row of its window is in the click log any more",)
+        saved = restore_version(config, spec, report.version)
+        with saved.learner.averaged():
+            probabilities = predictor_of(saved, spec).predict_examples(examples)
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            export_predictor(saved, spec, config.model, folder)
+            register_model(config, report, folder, frame, probabilities)
+    except (TidemarkError, OSError) as error:
+        log.warning("version %d was not registered: %s", report.version, error)
+        return (f"version {report.version} serves and was not registered ({error}); the next update registers its own",)
+    return ()
 
 
 def _without_forgotten_challenger(config: UpdateConfig, report: UpdateReport, *, reached: bool) -> tuple[str, ...]:

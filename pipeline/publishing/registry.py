@@ -96,8 +96,30 @@ def promote_checkpoint(config: UpdateConfig, dataset: str, version: int) -> bool
                 return False
             newest = max(found, key=lambda made: int(made.version))
             client.set_registered_model_alias(name, CHAMPION, newest.version)
-            client.delete_registered_model_alias(name, CHALLENGER)
+            _withdraw_earlier(client, name, version)
             return True
+    except TidemarkError:
+        raise
+    except Exception as error:
+        raise _unavailable(error) from error
+
+
+def champion_checkpoint(config: UpdateConfig, dataset: str) -> int | None:
+    """The checkpoint that the registry's champion was made from; None where there is no champion.
+
+    Raises:
+        TrackingUnavailable: the registry cannot be reached.
+    """
+    name = f"{dataset}-{config.model_name}"
+    try:
+        with quiet_mlflow():
+            client, _ = open_experiment(config)
+            models = client.search_registered_models(filter_string=f"name = '{name}'")
+            champion = models[0].aliases.get(CHAMPION) if models else None
+            if champion is None:
+                return None
+            checkpoint = client.get_model_version(name, champion).tags.get("checkpoint_version", "")
+            return int(checkpoint) if checkpoint.isdigit() else None
     except TidemarkError:
         raise
     except Exception as error:
@@ -234,9 +256,19 @@ def _promote(client: "MlflowClient", name: str, logged: Any, report: UpdateRepor
     )
     client.set_registered_model_alias(name, CHAMPION if report.outcome == "published" else CHALLENGER, made.version)
     if report.outcome == "published":
-        client.delete_registered_model_alias(name, CHALLENGER)
+        _withdraw_earlier(client, name, report.version)
     _forget_old(client, name, keep)
     return str(made.version)
+
+
+def _withdraw_earlier(client: "MlflowClient", name: str, champion: int) -> None:
+    """Takes the alias of a challenger away that has not learned more than the checkpoint of the champion."""
+    challenger = client.get_registered_model(name).aliases.get(CHALLENGER)
+    if challenger is None:
+        return
+    checkpoint = client.get_model_version(name, challenger).tags.get("checkpoint_version", "")
+    if not checkpoint.isdigit() or int(checkpoint) <= champion:
+        client.delete_registered_model_alias(name, CHALLENGER)
 
 
 def _forget_old(client: "MlflowClient", name: str, keep: int) -> None:

@@ -93,8 +93,10 @@ def test_a_frozen_model_that_cannot_be_read_stops_no_update(config: UpdateConfig
     assert report.before is not None
 
 
-def test_a_champion_that_is_not_whole_takes_the_unproven_version_with_it(config: UpdateConfig) -> None:
-    """They could not be compared; the version before both goes on, and every row since is learned again."""
+def test_a_champion_that_is_not_whole_gives_way_and_the_unproven_version_goes_on(
+    config: UpdateConfig,
+) -> None:
+    """Nothing that was learned is lost, and what serves is whole."""
     _learn(config, 2)
     gate = config.gate.model_copy(update={"action": "enforce", "auc_margin": 1e-6, "max_windows": 6})
     strict = config.model_copy(update={"gate": gate})
@@ -103,8 +105,11 @@ def test_a_champion_that_is_not_whole_takes_the_unproven_version_with_it(config:
     (config.model_dir / "checkpoints" / "v000002" / "dense.safetensors").write_bytes(b"flipped")
     report = run_update(strict)
     assert report is not None
-    assert report.window_start.hour == 1
-    assert (config.model_dir / "checkpoints" / "v000001").is_dir()
+    assert report.window_start.hour == 3
+    assert any("version 1 serves instead" in note for note in report.notes)
+    checkpoints = {path.name for path in (config.model_dir / "checkpoints").iterdir()}
+    assert {"v000001", "v000002.corrupt"} <= checkpoints
+    assert "v000003.corrupt" not in checkpoints
 
 
 def test_no_whole_checkpoint_is_an_error_that_names_them(config: UpdateConfig) -> None:

@@ -1,8 +1,10 @@
 """Catching up: every closed window once, in order, each with its own budget; and what is told about it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import flow
@@ -10,12 +12,15 @@ from prefect.artifacts import Artifact
 
 from data_schemas.errors import ConfigError, DataError
 from flows.backfill import parse_hour, refuse_earlier_hours
-from flows.catching_up import catch_up, learn_waiting, settings_for, waiting_windows
+from flows.catching_up import _summary, catch_up, learn_waiting, settings_for, waiting_windows
 from flows.history import reports_of
 from flows.nightly_update import NIGHTLY
-from pipeline.config import UpdateConfig
+from pipeline.config import UpdateConfig, overridden
 from pipeline.data.synthetic import SyntheticConfig, write_landing
+from pipeline.evaluation import champion
+from pipeline.evaluation.gate import GateVerdict
 from pipeline.outcome import UpdateReport
+from pipeline.publishing.tracking import open_experiment, quiet_mlflow
 
 HOURS = 3
 STREAM = SyntheticConfig(hours=HOURS, rows_per_hour=200, num_users=50, num_items=40, num_authors=8)
@@ -82,6 +87,7 @@ class TestWithAServer:
     def test_the_chosen_updates_register_their_model(
         self, config: UpdateConfig, register: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Of the models; what serves is registered in the end, if it is not yet."""
         asked: list[bool] = []
         waiting = [[STREAM.hour_start(hour) for hour in range(left)] for left in (3, 2, 1, 0)]
 
@@ -94,6 +100,42 @@ class TestWithAServer:
         monkeypatch.setattr("flows.catching_up.waiting_windows", lambda config, now: waiting.pop(0))
         in_a_flow(lambda: learn_waiting(config, register=register, tell=lambda line: None))  # type: ignore[arg-type]
         assert asked[:3] == expected
+
+    def test_the_registry_follows_what_serves_where_the_last_update_did_not_publish(
+        self, config: UpdateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_landing(replace(STREAM, hours=4), tmp_path / "landing")
+        config = overridden(config, ["gate.action='enforce'", "tracking.enabled=true"])
+        decisions, judge = iter(["hold", "publish", "hold"]), champion.judge
+
+        def decided(*given: Any, **named: Any) -> GateVerdict:
+            return replace(judge(*given, **named), decision=next(decisions))  # type: ignore[arg-type]
+
+        monkeypatch.setattr(champion, "judge", decided)
+        told: list[str] = []
+        reports = in_a_flow(lambda: catch_up(config, register="last", tell=told.append))
+        assert [report.outcome for report in reports] == ["published", "held", "published", "held"]
+        with quiet_mlflow():
+            client, _ = open_experiment(config)
+            aliases = client.get_registered_model("synthetic-hourly").aliases
+            checkpoints = {
+                alias: client.get_model_version("synthetic-hourly", version).tags["checkpoint_version"]
+                for alias, version in aliases.items()
+            }
+        assert checkpoints == {"champion": "3", "challenger": "4"}
+        assert told[-1].startswith("learned 4 windows, ")
+        assert told[-1].endswith("; version 3 of 'hourly' serves, version 4 is not proven yet")
+
+
+def test_the_summary_tells_windows_that_were_held_aside_from_those_learned(
+    config: UpdateConfig, report: Callable[..., UpdateReport]
+) -> None:
+    rejected = report(1, outcome="rejected", version=1, rows_learned=0, rows_pending=0)
+    line = _summary(config, [report(0, rows_pending=0), rejected])
+    assert line == "learned 1 window, 1,200 rows in 3.0 s; 1 window held aside; version 1 of 'hourly' serves"
+    held = report(1, outcome="held", serving=1, rows_pending=0)
+    line = _summary(config, [held])
+    assert line == "learned 1 window, 1,200 rows in 1.5 s; version 1 of 'hourly' serves, version 2 is not proven yet"
 
 
 def test_waiting_windows_are_aligned_and_closed(config: UpdateConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from data_schemas.errors import ConfigError
-from pipeline.lab import devices, escape, gradient_accumulation, rate_or_batch, replacement, warmup_length, weight_decay
+from pipeline.lab import (
+    devices,
+    escape,
+    gradient_accumulation,
+    normalisation,
+    rate_or_batch,
+    replacement,
+    warmup_length,
+    weight_decay,
+)
 from pipeline.lab.decay_or_grow import Schedule
 from pipeline.lab.devices import Sharing, average, outcomes, shard_orders, trained
 from pipeline.lab.escape import expected_share, share_that_left, temperature
@@ -192,6 +201,16 @@ def test_parameters_that_do_not_fit_say_what_does() -> None:
         gradient_accumulation.run(micro_batch_sizes=(2, 3))
     with pytest.raises(ConfigError, match="multiple of batch_size = 8, got 100; use 96"):
         replacement.run(num_rows=100)
+    with pytest.raises(ConfigError, match="seeds must be at least 2, for intervals; got 1"):
+        normalisation.run(seeds=1)
+    with pytest.raises(ConfigError, match="a batch of 512 rows is never filled by 100; use"):
+        weight_decay.run(num_rows=100)
+    with pytest.raises(ConfigError, match="batch_sizes must have at least 2 values, got 1"):
+        weight_decay.run(batch_sizes=(8,))
+    with pytest.raises(ConfigError, match=r"periods must be at least 2, .* got 1"):
+        devices.run(periods=(1, 4))
+    with pytest.raises(ConfigError, match=r"tilt must be between -1.5 and 0, .* got 0.2"):
+        escape.run(tilt=0.2)
 
 
 def test_sentences_follow_the_result() -> None:
