@@ -6,6 +6,8 @@ best learning rate.
     python -m pipeline.lab.data_efficiency --help
 """
 
+import math
+
 import numpy as np
 
 from pipeline.lab.experiment import Finding, main_of
@@ -52,12 +54,18 @@ def run(
     usable = [each for each in reached if np.isfinite(each.steps)]
     steps_by_size = {each.batch_size: each.steps for each in usable}
     curve = fitted(steps_by_size)
+    all_sizes = log_r2(curve, steps_by_size, least_excess=1e-9)
     fits = log_r2(curve, steps_by_size), log_rows_r2(curve, steps_by_size)
-    return _finding(reached, usable, curve, fits, target)
+    return _finding(reached, usable, curve, fits, all_sizes, target)
 
 
 def _finding(
-    reached: tuple[Reached, ...], usable: list[Reached], curve: Hyperbola, fits: tuple[float, float], target: float
+    reached: tuple[Reached, ...],
+    usable: list[Reached],
+    curve: Hyperbola,
+    fits: tuple[float, float],
+    all_sizes: float,
+    target: float,
 ) -> Finding:
     figure, (axes,) = canvas()
     name_axes(axes, f"To a log loss of {target:.4f}", "steps S", "rows E")
@@ -81,8 +89,8 @@ def _finding(
             f"{usable[-1].batch_size:,} rows the law "
             f"explains {100 * fit_rows:.1f} % of the variance of log E, and "
             f"{100 * fit:.1f} % on the form log(S/S_min - 1) = -log(E/E_min - 1) where both sides are measurable (excess of "
-            f"{LEAST_EXCESS:.0%} or more), with S_min = {curve.least_steps:.1f} steps and E_min = "
-            f"{curve.least_rows:,.0f} rows; a batch of {curve.critical_batch:,.0f} rows takes twice the least of both."
+            f"{LEAST_EXCESS:.0%} or more; {_share(all_sizes)} over all sizes), with S_min = {curve.least_steps:.1f} steps and "
+            f"E_min = {curve.least_rows:,.0f} rows; a batch of {curve.critical_batch:,.0f} rows takes twice the least of both."
             + (f" Batches of {', '.join(missed)} did not reach the target." if missed else "")
         ),
         columns=("batch size", "steps S", "rows E", "S by the law", "best learning rate", "(S/Smin - 1)(E/Emin - 1)"),
@@ -101,11 +109,21 @@ def _finding(
         metrics={
             "log_r2": fit,
             "log_rows_r2": fit_rows,
+            "log_r2_all_sizes": all_sizes,
             "least_steps": curve.least_steps,
             "least_rows": curve.least_rows,
             "critical_batch": curve.critical_batch,
         },
     )
+
+
+def _share(fit: float) -> str:
+    """In words.
+
+    >>> _share(0.7), _share(float("-inf"))
+    ('70.0 %', 'not defined')
+    """
+    return f"{100 * fit:.1f} %" if math.isfinite(fit) else "not defined"
 
 
 if __name__ == "__main__":

@@ -124,15 +124,16 @@ def fitted(steps_by_size: Mapping[int, float]) -> Hyperbola:
     )
 
 
-def log_r2(curve: Hyperbola, steps_by_size: Mapping[int, float]) -> float:
+def log_r2(curve: Hyperbola, steps_by_size: Mapping[int, float], *, least_excess: float = LEAST_EXCESS) -> float:
     """R^2 of log(S / S_min - 1) as minus log(E / E_min - 1); NaN below three sizes.
 
-    Over sizes for which the law puts either excess at `LEAST_EXCESS` or more: a smaller one is lost in the noise of S.
+    Over sizes for which the law puts either excess at `least_excess` or more: a smaller one is lost in the noise of S. Minus
+    infinity where a measured excess is not above 0, and so has no logarithm.
     """
     pairs = [
         (steps / curve.least_steps - 1, size * steps / curve.least_rows - 1)
         for size, steps in steps_by_size.items()
-        if LEAST_EXCESS <= size / curve.critical_batch <= 1 / LEAST_EXCESS
+        if least_excess <= size / curve.critical_batch <= 1 / least_excess
     ]
     if len(pairs) < 3:
         return float("nan")

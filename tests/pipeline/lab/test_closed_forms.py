@@ -131,6 +131,8 @@ def test_a_hyperbola_is_found_again_from_its_points() -> None:
     assert (found.least_steps, found.least_rows) == (pytest.approx(20.0), pytest.approx(4000.0))
     assert log_r2(found, points) == pytest.approx(1.0)
     assert log_rows_r2(found, points) == pytest.approx(1.0)
+    assert log_r2(found, points, least_excess=1e-9) == pytest.approx(1.0)
+    assert log_r2(found, points | {2: 0.9 * curve.steps(2)}, least_excess=1e-9) == float("-inf")
     line = StepTime(fixed_seconds=0.001, row_seconds=0.00002)
     best = best_batch(curve, line)
     totals = {b: curve.steps(b) * line.seconds(b) for b in (0.8 * best, best, 1.25 * best)}
