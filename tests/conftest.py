@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,8 @@ from pipeline.evaluation.metrics import measure
 from pipeline.outcome import UpdateReport
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("seeded", derandomize=True)
+hypothesis.settings.load_profile("seeded")
 os.environ["TIDEMARK_GATE__ACTION"] = "off"
 
 SPEC = DatasetSpec.model_validate(
