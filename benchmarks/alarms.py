@@ -51,7 +51,7 @@ def main() -> None:
         if options.dataset == "synthetic":
             landing = f"{temporary}/landing"
             write_landing(SyntheticConfig(hours=options.hours, rows_per_hour=4000), Path(landing))
-        hours = list(_hours(landing, spec, Path(temporary)))
+        hours = list(hours_of(landing, spec, Path(temporary)))
     own = load_config().alarms
     judged, rng = range(own.min_windows, len(hours)), np.random.default_rng(0)
     faults = faults_of(spec)
@@ -87,7 +87,8 @@ def faults_of(spec: DatasetSpec) -> dict[str, Fault]:
     return found | {"ten users, twenty times their clicks": _burst}
 
 
-def _hours(landing: str, spec: DatasetSpec, folder: Path) -> Iterator[tuple[int, Examples]]:
+def hours_of(landing: str, spec: DatasetSpec, folder: Path) -> Iterator[tuple[int, Examples]]:
+    """The hours of a landing folder, in order."""
     log = ClickLog.open_or_create(folder / "log", spec)
     ingest_landing(landing, log, Quarantine.open_or_create(folder / "quarantine"), spec, now=datetime.now(UTC))
     by_hour: dict[int, list[RowRange]] = {}

@@ -111,7 +111,11 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
         judged=_is_judged(window, state, config),
         seed=seed,
         sample=_raw_sample(table),
-        notes=(*drawn.notes, *_click_notes(window, state, None if event_keys is None else event_keys[~shown_R])),
+        notes=(
+            *_gate_notes(config),
+            *drawn.notes,
+            *_click_notes(window, state, None if event_keys is None else event_keys[~shown_R]),
+        ),
     )
 
 
@@ -127,6 +131,11 @@ def sample_of(click_log: ClickLog, spec: DatasetSpec, start: int, end: int) -> t
     return to_examples(table, spec), _raw_sample(table)
 
 
+def _gate_notes(config: UpdateConfig) -> Iterator[str]:
+    if config.gate.action != "off" and config.sampling.negatives != "none":
+        yield "the gate judges no model whose negatives are drawn (docs/gate.md); set gate.action = 'off' to be told no more"
+
+
 def _held_out(examples: Examples, window: Window, state: ModelState, config: UpdateConfig, *, seed: Sequence[int]) -> Mask:
     if not _is_judged(window, state, config):
         return np.zeros(examples.num_rows, bool)
@@ -135,7 +144,8 @@ def _held_out(examples: Examples, window: Window, state: ModelState, config: Upd
 
 
 def _is_judged(window: Window, state: ModelState, config: UpdateConfig) -> bool:
-    return config.gate.action != "off" and state.version > 0 and not window.released
+    asked = config.gate.action != "off" and config.sampling.negatives == "none"
+    return asked and state.version > 0 and not window.released
 
 
 def _logged(click_log: ClickLog, window: Window, spec: DatasetSpec) -> tuple[Examples, pa.Table, U64 | None]:

@@ -153,6 +153,12 @@ def test_the_same_seed_learns_the_same_model(config: UpdateConfig) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_no_model_of_drawn_negatives_is_judged_and_its_reports_say_so(config: UpdateConfig) -> None:
+    reports = _learn_all(config.model_copy(update={"gate": config.gate.model_copy(update={"action": "enforce"})}))
+    assert [(report.outcome, report.gate, report.rows_held_out) for report in reports] == [("published", None, 0)] * HOURS
+    assert all(any("judges no model whose negatives are drawn" in note for note in report.notes) for report in reports)
+
+
 def test_clicks_that_are_out_of_time_wait_and_are_learned_once(config: UpdateConfig) -> None:
     ticks = iter(np.arange(0.0, 1e6))
     slow = config.model_copy(update={"budget": config.budget.model_copy(update={"seconds": 32.0, "min_reserve_seconds": 10})})
