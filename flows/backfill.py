@@ -128,7 +128,7 @@ def _show(reports: list[UpdateReport]) -> None:
     if not later:
         tell(f"no hour after the first {FIRST_HOURS}: no means")
         return
-    rows = sum(report.rows for report in later)
+    rows = sum(report.before.rows for report in later if report.before)
     tell(f"means before learning of {len(later)} hours after the first {FIRST_HOURS}, {rows:,} rows, weighted by rows:")
     tell(_means("kept fresh", mean_figures(later, lambda report: report.before)))
     tell(_means(f"frozen after {FIRST_HOURS} h", mean_figures(later, lambda report: report.frozen)))
