@@ -61,10 +61,6 @@ def _fill(machine: Any, tell: Callable[[str], None], sizes: int) -> None:
     assert stages.total() > sizes / 2
 
 
-def test_a_few_full_disks(machine: Any, tell: Callable[[str], None]) -> None:
-    _fill(machine, tell, 2)
-
-
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_any_write(machine: Any, tell: Callable[[str], None]) -> None:
     _fill(machine, tell, 12)
