@@ -35,10 +35,9 @@ from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.data.window_rows import WindowRows, load_rows
 from pipeline.data.windows import next_window
-from pipeline.evaluation.champion import past_gains
+from pipeline.evaluation.champion import past_gains, predicted
 from pipeline.evaluation.gate import GateVerdict, judge
 from pipeline.evaluation.paired import Paired, held_out
-from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState, admit_ids, restore_or_create
 from pipeline.publishing.report import read_history
 from pipeline.training.batch_size import batch_policy
@@ -104,19 +103,19 @@ class _Bench:
 
     def as_good(self) -> GateVerdict:
         self.drawn += 1
-        predicted: list[F32] = []
+        halves: list[F32] = []
         for half in (0, 1):
             state, rows = self._next()
             chosen = held_out(rows.examples.user_R, share=0.5, salt=[self.drawn]) == bool(half)
-            predicted.append(_learned(self.config, self.spec, state, rows, kept=chosen))
-        return self._judged(rows, predicted[0], predicted[1])
+            halves.append(_learned(self.config, self.spec, state, rows, kept=chosen))
+        return self._judged(rows, halves[0], halves[1])
 
     def broken(self, name: str) -> GateVerdict:
         self.drawn += 1
         alter, factor = BROKEN[name]
         state, rows = self._next()
         rows = alter(rows, np.random.default_rng(self.drawn))
-        champion_H = _predicted(state, rows)
+        champion_H = predicted(state, rows.encoded, rows.held_out)
         config = self._with_rates(factor)
         state = restore_or_create(config, self.spec)
         return self._judged(rows, champion_H, _learned(config, self.spec, state, rows))
@@ -161,12 +160,7 @@ def _learned(
     learner = state.learner
     policy = batch_policy(config.training, fit=StepTimeFit(), noise_scale=lambda: learner.noise_scale.last)
     learn(learner, encoded, seed=rows.seed, policy=policy, kept_R=kept_R)
-    return _predicted(state, replace(rows, encoded=encoded))
-
-
-def _predicted(state: ModelState, rows: WindowRows) -> F32:
-    with state.learner.averaged() as weights:
-        return probabilities(state.learner.model, weights, rows.encoded, rows.held_out, device=state.learner.device)
+    return predicted(state, encoded, rows.held_out)
 
 
 def _shuffled(rows: WindowRows, rng: np.random.Generator) -> WindowRows:

@@ -50,8 +50,9 @@ def join_clicks(log: ClickLog, window: Window, spec: DatasetSpec, label_delay_mi
         return window
     own = _Events.read(log, window.pieces)
     known_until = window.end + label_delay_minutes // 60
-    window = _with_known_clicks(log, window, own, spec.clicks, known_until)
-    events = _Events.read(log, window.pieces)
+    with_clicks = _with_known_clicks(log, window, own, spec.clicks, known_until)
+    events = own if len(with_clicks.pieces) == len(window.pieces) else _Events.read(log, with_clicks.pieces)
+    window = with_clicks
     shown, clicked = np.flatnonzero(~events.is_click), np.flatnonzero(events.is_click)
     example_W = np.full(len(events.keys), WAITS)
     example_W[shown] = np.arange(len(shown))
@@ -107,7 +108,8 @@ def require_correctable(spec: DatasetSpec, sampling: SamplingConfig) -> None:
     if sampling.correction != "weights":
         raise ConfigError(
             f"sampling.correction is {sampling.correction!r}, but the clicks of data set {spec.name!r} come later than their "
-            "impressions: what a shift of the logits learned cannot be undone by a weight; set it to 'weights'"
+            "impressions: an impression is learned in several looks, and no shift of the logits is made for these; set it to "
+            "'weights'"
         )
 
 

@@ -24,12 +24,12 @@ from pipeline.training.learn import Learned
 
 def champion_probabilities(state: ModelState, rows: WindowRows, config: UpdateConfig, spec: DatasetSpec, hour: int) -> F32:
     """`[H]` of the held-out rows, by the model that serves, before the window that starts at `hour` is learned."""
-    if state.serving is None:
-        return _predicted(state, rows.encoded, rows.held_out)
+    if state.serving is None or not len(rows.held_out):
+        return predicted(state, rows.encoded, rows.held_out)
     serving = restore_serving(config, spec, state)
     held = rows.examples.take(rows.held_out)
     encoded = encode(held, spec, serving.memory, serving.moments, hour=hour, ids=serving.ids)
-    return _predicted(serving, encoded, np.arange(held.num_rows))
+    return predicted(serving, encoded, np.arange(held.num_rows))
 
 
 def gathered_evidence(state: ModelState, rows: WindowRows, champion_H: F32, max_rows: int) -> Evidence:
@@ -46,7 +46,7 @@ def gathered_evidence(state: ModelState, rows: WindowRows, champion_H: F32, max_
     pair = Paired(
         labels_H=np.minimum(rows.examples.labels_R[held], 1),
         champion_H=champion_H * known_share,
-        challenger_H=_predicted(state, rows.encoded, held) * known_share,
+        challenger_H=predicted(state, rows.encoded, held) * known_share,
         weights_H=rows.judged_weights_R[held],
         user_H=rows.examples.user_R[held],
     )
@@ -80,7 +80,8 @@ def past_gains(history: Sequence[Mapping[str, Any]], *, before: int) -> list[flo
     return found
 
 
-def _predicted(state: ModelState, encoded: EncodedWindow, rows: I64) -> F32:
+def predicted(state: ModelState, encoded: EncodedWindow, rows: I64) -> F32:
+    """`[len(rows)]` probabilities by the weights that are evaluated and published."""
     learner = state.learner
     with learner.averaged() as dense_weights:
         return probabilities(learner.model, dense_weights, encoded, rows, device=learner.device)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.evaluation.metrics import Interval, measure
+from pipeline.evaluation.metrics import Interval, log_odds, measure
 from pipeline.evaluation.paired import Difference, Differences, Paired, differences
 
 Decision = Literal["publish", "hold", "reject"]
@@ -228,7 +228,7 @@ def _distance(copc: float | None) -> float:
 
 
 def _churn(pair: Paired, limits: Limits) -> GateFigure:
-    moved = float(np.average(np.abs(_log_odds(pair.challenger_H) - _log_odds(pair.champion_H)), weights=pair.weights_H))
+    moved = float(np.average(np.abs(log_odds(pair.challenger_H) - log_odds(pair.champion_H)), weights=pair.weights_H))
     return GateFigure(
         name="churn",
         value=moved,
@@ -237,12 +237,6 @@ def _churn(pair: Paired, limits: Limits) -> GateFigure:
         passed=moved <= limits.max_churn,
         sentence=f"the log odds of a row moved by {moved:.3f} in the mean, allowed are {limits.max_churn:g}",
     )
-
-
-def _log_odds(probabilities: np.ndarray[tuple[int], np.dtype[np.float32]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
-    log_odds: np.ndarray[tuple[int], np.dtype[np.float64]] = np.log(clipped / (1 - clipped))
-    return log_odds
 
 
 def _leak(found: Differences, past_gains: Sequence[float], limits: Limits) -> GateFigure:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import gammaincinv
 
+from data_schemas.examples import F32
 from data_schemas.hashing import MISSING
 
 F64 = npt.NDArray[np.float64]
@@ -303,9 +304,22 @@ def _gauc(rows: _Rows) -> tuple[float | None, int]:
     return float(np.clip(gauc, 0.0, 1.0)), int(np.count_nonzero(both_S))
 
 
+def log_losses(clicked_R: npt.NDArray[np.bool_], probabilities_R: F32) -> npt.NDArray[np.float64]:
+    """`[R]` log loss of each row; probabilities are kept `LEAST_PROBABILITY` away from 0 and 1."""
+    right_R = np.where(clicked_R, probabilities_R, 1.0 - probabilities_R.astype(np.float64))
+    losses_R: npt.NDArray[np.float64] = -np.log(np.clip(right_R, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY))
+    return losses_R
+
+
+def log_odds(probabilities_R: F32) -> npt.NDArray[np.float64]:
+    """`[R]` log of p / (1 - p); probabilities are kept `LEAST_PROBABILITY` away from 0 and 1."""
+    clipped_R = np.clip(probabilities_R.astype(np.float64), LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    odds_R: npt.NDArray[np.float64] = np.log(clipped_R / (1 - clipped_R))
+    return odds_R
+
+
 def _log_loss(rows: _Rows) -> tuple[float, Interval | None]:
-    right_R = np.where(rows.clicked_R, rows.probabilities_R, 1.0 - rows.probabilities_R.astype(np.float64))
-    loss_R = -np.log(np.clip(right_R, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY))
+    loss_R = log_losses(rows.clicked_R, rows.probabilities_R)
     total, num_rows = rows.weights_R.sum(), len(loss_R)
     mean = float(rows.weights_R @ loss_R / total)
     if num_rows < 2:

@@ -17,7 +17,7 @@ from scipy.stats import norm, t
 
 from data_schemas.examples import F32, I64, U64
 from data_schemas.hashing import MISSING, combine_hashes, mix64
-from pipeline.evaluation.metrics import LEAST_PROBABILITY, Interval
+from pipeline.evaluation.metrics import Interval, log_losses
 
 F64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -146,7 +146,7 @@ def differences(pair: Paired, *, num_samples: int, seed: Sequence[int]) -> Diffe
         return Differences(auc=None, log_loss=None, delong=delong, num_users=num_users)
     freedom = least - 1
     ranked = [_Ranked.of(scores, pair.labels_H) for scores in (pair.champion_H, pair.challenger_H)]
-    losses_H = [_log_loss(scores, pair.labels_H) for scores in (pair.champion_H, pair.challenger_H)]
+    losses_H = [log_losses(clicked, scores) for scores in (pair.champion_H, pair.challenger_H)]
     weights_H = pair.weights_H.astype(np.float64)
     auc, log_loss = _both(ranked, losses_H, weights_H[None])
     aucs_S, log_losses_S, rng = [], [], np.random.default_rng([*seed, 6])
@@ -213,12 +213,6 @@ def _difference(value: float, drawn_S: F64, freedom: float) -> Difference:
     drawn_S = drawn_S[np.isfinite(drawn_S)]
     error = float(drawn_S.std(ddof=1)) if len(drawn_S) > 1 else 0.0
     return Difference(value=value if np.isfinite(value) else 0.0, error=error, freedom=freedom)
-
-
-def _log_loss(scores_H: F32, labels_H: F32) -> F64:
-    right_H = np.where(labels_H > 0, scores_H, 1.0 - scores_H.astype(np.float64))
-    losses: F64 = -np.log(np.clip(right_H, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY))
-    return losses
 
 
 def _delong(pair: Paired) -> Interval:

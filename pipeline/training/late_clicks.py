@@ -20,6 +20,7 @@ from pipeline.data.delays import Delays
 from pipeline.data.encode import EncodedWindow, joined
 from pipeline.data.lineage import Mask
 from pipeline.data.windows import JoinedClicks
+from pipeline.evaluation.metrics import log_odds
 from pipeline.evaluation.score import probabilities
 from pipeline.training.awaiting import Awaiting
 from pipeline.training.learn import click_rate
@@ -185,9 +186,7 @@ def logits_of(learner: Learner, window: EncodedWindow) -> F32:
         rate = np.clip(click_rate(window), 1e-6, 1 - 1e-6)
         return np.full(window.num_rows, np.log(rate / (1 - rate)), np.float32)
     known = probabilities(learner.model, learner.dense_weights(averaged=False), window, device=learner.device)
-    clipped = np.clip(known.astype(np.float64), 1e-7, 1 - 1e-7)
-    logits: F32 = np.log(clipped / (1 - clipped)).astype(np.float32)
-    return logits
+    return log_odds(known).astype(np.float32)
 
 
 def _ages(spec: DatasetSpec) -> int:
