@@ -61,8 +61,9 @@ from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
-from pipeline.training.processes import Processes, shard_tables
+from pipeline.training.processes import Processes
 from pipeline.training.replay import ReplayMemory
+from pipeline.training.sharding import shard_tables
 from pipeline.training.smoothing import MovingAverage
 from sampling.plan import SamplingPlan, as_table
 
