@@ -26,6 +26,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 Store = Any
 """A store of torch.distributed, which exports no type for it."""
 
+TOLD = "the other processes were told, and stopped"
 LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 """In what torch says where another process is gone."""
 
@@ -79,6 +80,7 @@ class Processes:
             value = work()
         except Exception as error:
             dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=0)
+            error.add_note(TOLD)
             raise
         dist.broadcast_object_list([value, None], src=0)
         return value
@@ -171,6 +173,11 @@ def joined(patience: Patience, *, store: Store | None = None, rank: int = 0, cou
         dist.barrier()  # without it, destroying the group aborts others that still read
     finally:
         dist.destroy_process_group()
+
+
+def were_told(error: BaseException) -> bool:
+    """Whether the first process raised it in what it did for all, so that the others have stopped as well."""
+    return TOLD in getattr(error, "__notes__", ())
 
 
 def is_lost(error: BaseException) -> bool:

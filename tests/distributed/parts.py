@@ -5,7 +5,10 @@ import signal
 
 import numpy as np
 
+from pipeline.config import load_config
+from pipeline.publishing.report import as_plain
 from pipeline.training.processes import Processes
+from pipeline.update import run_update
 
 
 def exchange(first: int) -> list[object]:
@@ -44,3 +47,11 @@ def first_fails() -> None:
         raise KeyError("no such thing")
 
     Processes.started().from_first(fail)
+
+
+def update_all(overrides: list[str]) -> list[dict[str, object]]:
+    """Learns every window that waits; what the first process reports."""
+    config, reports = load_config(overrides=overrides), []
+    while found := Processes.started().gather(run_update(config))[0]:
+        reports.append(as_plain(found))
+    return reports
