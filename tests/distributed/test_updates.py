@@ -1,5 +1,6 @@
 """Whole updates are the same on one process and on many; what one number of processes saved, another goes on from."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +91,22 @@ def overrides(folder: Path, model: str, *more: str) -> list[str]:
     return [*places, f"model_name={model}", *SETTINGS, *more]
 
 
-def updated(folder: Path, model: str, count: int, *more: str) -> list[dict[str, Any]]:
-    """The reports of all hours, learned by so many processes."""
-    words = overrides(folder, model, *more)
+def updated(folder: Path, model: str, count: int, *more: str, hours: int = HOURS) -> list[dict[str, Any]]:
+    """The reports of the hours that wait, up to `hours`, learned by so many processes."""
+    words, now = overrides(folder, model, *more), STREAM.hour_start(hours)
     if count > 1:
-        together: list[dict[str, Any]] = run_together("parts:update_all", count, {"overrides": words})[0]
+        arguments = {"overrides": words, "now": now.isoformat()}
+        together: list[dict[str, Any]] = run_together("parts:update_all", count, arguments)[0]
         return together
     reports = []
-    while report := run_update(load_config(overrides=words)):
+    while report := run_update(load_config(overrides=words), now=now):
         reports.append(as_plain(report))
     return reports
 
 
-def numbers(folder: Path, model: str) -> dict[str, np.ndarray]:
+def numbers(folder: Path, model: str, *more: str) -> dict[str, np.ndarray]:
     """Everything that a model is made of."""
-    config = load_config(overrides=overrides(folder, model))
+    config = load_config(overrides=overrides(folder, model, *more))
     state = restore_or_create(config, load_spec(config.dataset), Processes())
     tables = {piece.name: piece.tensor.numpy().copy() for piece in state.learner.model.tables.slices()}
     dense = {name: parameter.detach().numpy() for name, parameter in state.learner.parameters.items()}
@@ -141,3 +143,17 @@ def test_many_processes_learn_as_one_does(folder: Path, count: int) -> None:
     assert_same(together, alone)
     assert any(report["gate"] for report in alone), "a model was judged"
     assert_same_numbers(numbers(folder, "many"), numbers(folder, "one"))
+
+
+@slow
+@pytest.mark.parametrize("sharding", ["auto", "table_wise", "row_wise", "column_wise", "data_parallel"])
+def test_every_way_to_spread_tables_learns_as_one_process_does_and_another_number_goes_on(folder: Path, sharding: str) -> None:
+    """The first hours by three processes, the last by one, or by two that spread the tables by rows."""
+    adagrad = "training.sparse_optimizer=adagrad"
+    alone = updated(folder, "one", 1, adagrad)
+    updated(folder, "many", 3, adagrad, f"processes.sharding={sharding}", hours=HOURS - 1)
+    for model, count in (("then-one", 1), ("then-two", 2)):
+        shutil.copytree(folder / "state" / "models" / "many", folder / "state" / "models" / model)
+        last = updated(folder, model, count, adagrad, "processes.sharding=row_wise")
+        assert_same(last, alone[-1:])
+        assert_same_numbers(numbers(folder, model, adagrad), numbers(folder, "one", adagrad))
