@@ -6,6 +6,7 @@ by all of them in the same order, and what it returns is the same in all.
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,6 +169,7 @@ def joined(patience: Patience, *, store: Store | None = None, rank: int = 0, cou
         GroupFailed: the meeting place cannot be reached, or not all came there in time.
         ConfigError: there are more processes than GPUs on this machine.
     """
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # torchrec calls them
     if store is None:
         store, rank, count = _met(patience)
     _require_all(store, rank, count, patience)

@@ -19,9 +19,9 @@ from torch import nn
 from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.fused_embeddingbag import FusedEmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -104,13 +104,13 @@ def _plan(
         for part in (tables.deep, tables.wide)
         for config in part.embedding_bag_configs()
     }
-    topology = Topology(
+    machine = TrainerConfig(
         world_size=processes.count,
-        local_world_size=processes.count,
-        compute_device=device.type,
-        hbm_cap=UNBOUNDED,
-        ddr_cap=UNBOUNDED,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", processes.count)),
+        hbm_cap_bytes=UNBOUNDED,
+        ddr_cap_bytes=UNBOUNDED,
     )
+    topology = TopologyFactory.create_topology(machine, kernel_config=KernelConfig(compute_device=device.type))
     planner = EmbeddingShardingPlanner(
         topology=topology,
         constraints=constraints,
