@@ -284,8 +284,8 @@ def _require_shared(config: UpdateConfig, processes: Processes) -> None:
     for rank, host in blind:
         kind = ConfigError if processes.is_first else StoppedByFirst
         raise kind(
-            f"process {rank} on {host} does not see what the first writes into {config.model_dir}; give all of them one state_dir "
-            "on a file system that they share"
+            f"process {rank} on {host} does not see what the first writes into {config.model_dir}; give all of them one "
+            "state_dir on a file system that they share"
         )
 
 
