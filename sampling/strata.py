@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from data_schemas.errors import ConfigError
 from data_schemas.examples import I64
+from sampling.counting import grouped
 
 F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
@@ -176,7 +177,7 @@ def draw(stratum_R: I32, taken_S: I64, rng: np.random.Generator, replacement: bo
     taken = np.asarray(taken_S, np.int64)
     counts = np.bincount(stratum_R, minlength=len(taken))
     _check_taken(counts, taken, replacement=replacement)
-    grouped_R = np.argsort(stratum_R.astype(np.uint16) if len(taken) <= MAX_STRATA else stratum_R, kind="stable")
+    grouped_R = grouped(stratum_R, len(taken))
     ends = np.cumsum(counts)
     chosen = [
         end - count + _chosen(count, size, rng, replacement=replacement)
@@ -185,16 +186,6 @@ def draw(stratum_R: I32, taken_S: I64, rng: np.random.Generator, replacement: bo
     ]
     rows = np.sort(grouped_R[np.concatenate(chosen)]) if chosen else np.empty(0, np.int64)
     return rows, (taken / np.maximum(counts, 1))[stratum_R[rows]]
-
-
-def occurrences(ids_R: Numbers) -> I64:
-    """`[R]` how often each row's id is among all: popularity of items, activity of users.
-
-    >>> occurrences(np.array([7, 7, 9]))
-    array([2, 2, 1])
-    """
-    _, inverse_R, counts = np.unique(ids_R, return_inverse=True, return_counts=True)
-    return counts.astype(np.int64, copy=False)[inverse_R]
 
 
 def _bins(name: StratifyBy, column_R: Numbers) -> tuple[I64, list[str]]:
