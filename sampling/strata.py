@@ -196,18 +196,25 @@ def _bins(name: StratifyBy, column_R: Numbers) -> tuple[I64, list[str]]:
         case "item_popularity":
             step = max(len(column_R) // _QUANTILE_ROWS, 1)
             edges = np.quantile(column_R[::step], np.arange(1, 10) / 10) if len(column_R) else np.zeros(9)
-            return np.searchsorted(edges, column_R, side="right"), [f"decile {number}" for number in range(1, 11)]
+            return _cut(edges, column_R), [f"decile {number}" for number in range(1, 11)]
         case "item_age":
             known_R = column_R >= 0
             bins_R = np.where(known_R, np.searchsorted(AGE_EDGES_HOURS, column_R, side="right") + 1, 0)
             return bins_R, ["unknown", *_ranges(AGE_EDGES_HOURS, " h")]
         case "user_activity":
-            return np.searchsorted(ACTIVITY_EDGES, column_R, side="right"), _ranges(ACTIVITY_EDGES, "")
+            return _cut(np.asarray(ACTIVITY_EDGES), column_R), _ranges(ACTIVITY_EDGES, "")
         case "hour":
             hours, bins_R = np.unique(column_R, return_inverse=True)
             return bins_R.astype(np.int64, copy=False), [str(hour) for hour in np.datetime_as_string(hours.astype("M8[h]"))]
         case _:
             assert_never(name)
+
+
+def _cut(edges: Numbers, column_R: Numbers) -> I64:
+    """`[R]` how many of the ascending edges are at most each value; counts of rows are cut once a value, not once a row."""
+    if column_R.dtype.kind in "iu" and len(column_R) and column_R.min() >= 0 and column_R.max() <= len(column_R):
+        return np.searchsorted(edges, np.arange(column_R.max() + 1), side="right")[column_R]
+    return np.searchsorted(edges, column_R, side="right")
 
 
 def _ranges(edges: Sequence[int], unit: str) -> list[str]:
