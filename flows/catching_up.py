@@ -5,6 +5,7 @@ Enters: an `UpdateConfig`. Leaves: the report of every update, each as a Prefect
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
@@ -23,6 +24,7 @@ from pipeline.data.windows import as_time
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.publishing.checkpoint import current_version, learned_until
 from pipeline.publishing.report import verdict
+from pipeline.ranks import Update, leads, on_processes
 from pipeline.update import run_update
 
 T = TypeVar("T")
@@ -64,9 +66,13 @@ def catch_up(
     Raises:
         TidemarkError: what went wrong and the way out; every update before it stays published.
     """
-    with failures_told(config, tell):
+
+    def work(update: Update) -> list[UpdateReport]:
         ingest_new(config, tell=tell)
-        return learn_waiting(config, until=until, register=register, tell=tell)
+        return learn_waiting(config, until=until, register=register, tell=tell, update=update)
+
+    with failures_told(config, tell) if leads() else nullcontext():
+        return on_processes(config, work) or []
 
 
 def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
@@ -93,7 +99,12 @@ def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
 
 
 def learn_waiting(
-    config: UpdateConfig, *, until: datetime | None = None, register: Register = "each", tell: Tell = tell
+    config: UpdateConfig,
+    *,
+    until: datetime | None = None,
+    register: Register = "each",
+    tell: Tell = tell,
+    update: Update = run_update,
 ) -> list[UpdateReport]:
     """Learn every closed window that waits, in order, and tell a sentence about each."""
     reports: list[UpdateReport] = []
@@ -102,7 +113,8 @@ def learn_waiting(
             now = until or datetime.now(UTC)
             waiting = len(waiting_windows(config, now))
             advance("", len(reports), len(reports) + waiting)
-            report = _update(config, now, advance, registers=register == "each" or (register == "last" and waiting <= 1))
+            registers = register == "each" or (register == "last" and waiting <= 1)
+            report = _update(update, config, now, advance, registers=registers)
             if report is None:
                 break
             reports.append(report)
@@ -129,14 +141,14 @@ def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
     return sorted(start for start in starts if start + length <= now)
 
 
-def _update(config: UpdateConfig, now: datetime, advance: Advance, *, registers: bool) -> UpdateReport | None:
+def _update(update: Update, config: UpdateConfig, now: datetime, advance: Advance, *, registers: bool) -> UpdateReport | None:
     def stage(name: str, work: Callable[[], T]) -> T:
         advance(name)
         return run_as_task(name, work)
 
     if not registers:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"register_model": False})})
-    return run_update(config, stage=stage, now=now, progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"))
+    return update(config, stage=stage, now=now, progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"))
 
 
 def _register_serving(config: UpdateConfig) -> tuple[str, ...]:

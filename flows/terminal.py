@@ -16,17 +16,20 @@ from prefect.logging import get_logger, get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_schemas.errors import TidemarkError
+from data_schemas.errors import StoppedByFirst, TidemarkError
+from pipeline.ranks import leads
 
 
 def run_flow(flow: Flow[..., Any], words: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
 
+    Among processes that torchrun has started only the first is a flow run; the others call the same function.
+
     Returns:
         The exit code: 0, or that of an error that a user can act on: 1, or 75 where another process holds the model. Any
         other exception passes through.
     """
-    return run_command(flow, flow.fn, words, name=program or flow.name)
+    return run_command(flow if leads() else flow.fn, flow.fn, words, name=program or flow.name)
 
 
 def run_command(
@@ -46,6 +49,8 @@ def run_command(
     try:
         _, bound, _ = app.parse_args(_named(arguments), exit_on_error=False, print_error=False)
         command(*bound.args, **bound.kwargs)
+    except StoppedByFirst:
+        return 1
     except (TidemarkError, cyclopts.CycloptsError) as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {_line(error, app)}", markup=False)
         return error.exit_code if isinstance(error, TidemarkError) else 1
