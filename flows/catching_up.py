@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 from data_schemas.dataset import load_spec
 from flows.alerts import failures_told, tell_of
 from flows.artifacts import publish_report
+from flows.cluster import run_spread
 from flows.history import reports_of
 from flows.stages import run_as_task
 from flows.terminal import Advance, leads, progress, tell
@@ -62,15 +63,17 @@ def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
     log = ClickLog.open_or_create(config.log_path, spec)
     quarantine = Quarantine.open_or_create(config.quarantine_path)
     with progress("ingesting files", total=None) as advance:
-        report = run_as_task(
+        report = run_spread(
             "ingest",
-            lambda: ingest_landing(
+            config.cluster,
+            lambda spread: ingest_landing(
                 config.landing,
                 log,
                 quarantine,
                 spec,
                 now=datetime.now(UTC),
                 progress=lambda done, files: advance("", done, files),
+                spread=spread,
             ),
         )
     for line in report.lines():
