@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def run_flow(flow: "Flow[..., Any]", words: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
 
-    The module that the flow's file names as `IMPORTED_LATER` is imported while Prefect's temporary server starts. Among processes
-    that torchrun has started only the first is a flow run; the others call the same function.
+    The module that the flow's file names as `IMPORTED_LATER` is imported while Prefect's temporary server starts. Among
+    processes that torchrun has started only the first is a flow run; the others call the same function.
 
     Returns:
         The exit code: 0, or that of an error that a user can act on: 1, or 75 where another process holds the model. Any
