@@ -127,7 +127,7 @@ class Manifest(_Saved):
     """Changes with everything that changes the shape of a weight or of an optimizer's state."""
     precision: Literal["fp32", "bf16", "fp16"]
     steps: int
-    average_steps: Mapping[str, int] = {}
+    average_steps: Mapping[str, float] = {}
     """Observations in each moving average."""
     loss_scale: Mapping[str, float] = {}
     """State of the gradient scaler; only with fp16."""
