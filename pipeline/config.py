@@ -495,6 +495,10 @@ class UpdateConfig(BaseSettings):
     budget."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 5
     """The newest that stay on disk; a corrupt one is replaced by the one before."""
+    cluster: Annotated[str, Field(pattern=r"^(none|local:[1-9][0-9]{0,2}|(tcp|tls|ucx|ws|wss)://\S+)$")] = "none"
+    """Where the landing folder's files are read and checked: `none`, here, one after the other; `local:2`, by two processes of
+    this machine; `tcp://host:8786`, by the workers of the Dask scheduler there, who see the landing folder and `state_dir`
+    under the same paths."""
     window: WindowConfig = WindowConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -644,7 +648,11 @@ def _refuse_escapes(of_dataset: Mapping[str, Any]) -> None:
                 f"{name} in a settings file, the environment or on the command line"
             )
     tracking = of_dataset.get("tracking", {})
-    for name, given in (("dataset", of_dataset), ("tracking.uri", tracking if isinstance(tracking, dict) else {})):
+    for name, given in (
+        ("dataset", of_dataset),
+        ("cluster", of_dataset),
+        ("tracking.uri", tracking if isinstance(tracking, dict) else {}),
+    ):
         if name.split(".")[-1] in given:
             raise ConfigError(
                 f"{name}: no setting of a data set's [settings]; give it in a settings file, the environment or on the "

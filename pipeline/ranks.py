@@ -49,11 +49,6 @@ STARTED = "started.json"
 """In the model's folder: when an update under torchrun began, for an attempt that torchrun starts anew."""
 
 
-def leads() -> bool:
-    """Whether this process is the first, or the only one: the others are silent."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def on_processes(config: UpdateConfig, work: Callable[[Update], T]) -> T | None:
     """Does `work` in the first process; None in the others, once it is done there.
 
