@@ -4,6 +4,7 @@ Letters: B rows, N dense columns, S the sum of the embedding lengths of all look
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -15,7 +16,7 @@ from models.attention import ActivationUnit
 from models.dcn import DcnHead
 from models.deepfm import DeepFmHead
 from models.dlrm import DlrmHead
-from models.embeddings import EmbeddingTables, Pooled, SparseOptimizer
+from models.embeddings import EmbeddingTables, Pooled, SparseOptimizer, Unfilled
 from models.tables import TableLayout
 
 
@@ -111,17 +112,19 @@ def build_model(
     wide_beta: float = 0.0,
     device: torch.device,
     seed: int,
+    filled: bool = True,
 ) -> CtrModel:
-    """A fresh model; the same seed gives the same bits."""
+    """A fresh model; the same seed gives the same bits. The tables of one that is not `filled` are to be loaded, whole."""
     torch.manual_seed(seed)
-    tables = EmbeddingTables(
-        layout,
-        sparse_optimizer=sparse_optimizer,
-        sparse_learning_rate=sparse_learning_rate,
-        wide_learning_rate=wide_learning_rate,
-        wide_beta=wide_beta,
-        device=device,
-    )
+    with nullcontext() if filled else Unfilled():
+        tables = EmbeddingTables(
+            layout,
+            sparse_optimizer=sparse_optimizer,
+            sparse_learning_rate=sparse_learning_rate,
+            wide_learning_rate=wide_learning_rate,
+            wide_beta=wide_beta,
+            device=device,
+        )
     return CtrModel(tables, DenseNet(architecture, layout, num_dense).to(device), layout)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchrec.distributed.types import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
@@ -80,6 +81,20 @@ class TableSlice:
 
 
 _OF_TABLE = re.compile(r"(?:row_\w+\.)?(?:deep|wide)\.(.+)\.(?:weight|accumulator)(?:\.\w+)?")
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, new tables are not drawn at random, which takes as long as reading them: all that is not constant comes from a
+    checkpoint."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leaves `uniform_` over a range out."""
+        if func is torch.Tensor.uniform_:
+            tensor, low, high = args
+            return tensor.fill_(low) if low == high else tensor
+        return func(*args, **(kwargs or {}))
 
 
 class EmbeddingTables(nn.Module):

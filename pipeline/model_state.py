@@ -397,7 +397,13 @@ def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> N
 
 
 def _model(
-    config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device, *, gated: bool = False
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    processes: Processes,
+    device: torch.device,
+    *,
+    gated: bool = False,
+    filled: bool = True,
 ) -> CtrModel:
     model = build_model(
         architecture(config.model, gated=gated),
@@ -409,6 +415,7 @@ def _model(
         wide_beta=config.training.wide_beta,
         device=device,
         seed=config.training.seed,
+        filled=filled,
     )
     model.tables = shard_tables(model.tables, processes, device)
     return model
@@ -445,13 +452,14 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     dense = load_dense(config.model_dir, manifest)
     before, after = table_layout(trained_on), table_layout(spec)
     gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.head_keys != after.head_keys)
-    model = _model(config, spec, processes, device, gated=gated)
+    new = new_tables(before, after)
+    model = _model(config, spec, processes, device, gated=gated, filled=bool(new))
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
     kept_averages = learner.sparse_step.averages().keys() & manifest.average_steps.keys()
     averages = [piece for piece in learner.sparse_step.slices() if piece.name.split(".")[0] in kept_averages]
-    load_tables(config.model_dir, manifest, model.tables, averages=averages, new_tables=new_tables(before, after))
+    load_tables(config.model_dir, manifest, model.tables, averages=averages, new_tables=new)
     same = trained_on.fingerprint() == spec.fingerprint() and _average_kinds(learner) == manifest.average_steps.keys()
     if trained_on.fingerprint() != spec.fingerprint():
         dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))

@@ -22,7 +22,6 @@ or the new one. Nothing here is a pickle.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -168,6 +167,8 @@ class Manifest(_Saved):
     decays: tuple[float, ...] = ()
     """Factors that all accumulators were multiplied by since the base, in their order."""
     parts: tuple[Part, ...] = ()
+    digest: str = ""
+    """SHA-256 of the manifest as it is written with this empty; empty: nothing tells whether it has changed."""
 
     def plan_records(self) -> tuple[PlanRecord, ...]:
         """The plan trace of the update that made this checkpoint."""
@@ -564,7 +565,8 @@ def _finish(
         _write_tensors(staged / "pending.safetensors", pending)
         parts.append(_describe(staged, "pending", "pending.safetensors"))
     complete = manifest.model_copy(update={"parts": tuple(parts)} if base is None else _as_delta(base, parts))
-    write_durably(staged / MANIFEST, complete.model_dump_json(indent=1).encode())
+    complete = complete.model_copy(update={"digest": hashlib.sha256(_as_json(complete)).hexdigest()})
+    write_durably(staged / MANIFEST, _as_json(complete))
     _sync_folder(staged)
     staged.rename(final)
     _sync_folder(final.parent)
@@ -610,8 +612,16 @@ def _sync_file(path: Path) -> None:
         os.fsync(written.fileno())
 
 
+def _as_json(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=1).encode()
+
+
 def _manifest_in(folder: Path) -> Manifest:
-    return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    content = (folder / MANIFEST).read_bytes()
+    manifest = Manifest.model_validate_json(content)
+    if manifest.digest and hashlib.sha256(content.replace(manifest.digest.encode(), b"", 1)).hexdigest() != manifest.digest:
+        raise ValueError("it has changed since it was written")
+    return manifest
 
 
 def _describe(folder: Path, content: Content, file: str, kind: Kind = "base") -> Part:
@@ -668,10 +678,9 @@ def _prune(folder: Path, keep: int) -> None:
 def _base_or_itself(model_dir: Path, version: int) -> int:
     """What a version builds on; itself where it is whole, or cannot be read."""
     try:
-        base = json.loads((_folder(model_dir, version) / MANIFEST).read_bytes()).get("base")
-    except (OSError, ValueError, AttributeError):
+        return _manifest_in(_folder(model_dir, version)).base or version
+    except (OSError, ValueError):
         return version
-    return base if isinstance(base, int) else version
 
 
 def _numbers(model_dir: Path, ending: str) -> list[int]:
