@@ -1,9 +1,9 @@
 """What an update costs as its rows and as the model's tables grow: in seconds, in bytes written, in memory.
 
 In:  nothing; click logs are generated in a temporary folder (`--folder` for another disk).
-Out: two tables. Rows: one model, windows of 1 to 64 times as many rows, and the slope of log time over log rows (1: in
-     proportion). Tables: windows of the same number of rows, one feature with 10^5 to 10^8 ids; what the version that was
-     published wrote, and in how many seconds; beside it the whole version that a new model begins with.
+Out: two tables and three rates. Rows: one model, windows of 1 to 64 times as many rows, and the slope of log time over log
+     rows (1: in proportion). Tables: windows of the same number of rows, one feature with 10^5 to 10^8 ids; what the version
+     that was published wrote, and in how many seconds; beside it the whole version that a new model begins with.
 
     python benchmarks/growth.py [--rows 10000] [--times 1 4 16 64] [--ids 100000 1000000 10000000 100000000]
                                 [--dim 8] [--repeat 3]
@@ -14,6 +14,7 @@ touches another row of the table.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -21,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,11 +31,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from data_schemas.dataset import load_spec
 from data_schemas.hashing import mix64
+from models.changed_rows import ChangedRows
 from pipeline.config import UpdateConfig, load_config
 from pipeline.data.lake import ClickLog
 from pipeline.publishing.checkpoint import read_manifest
@@ -95,6 +100,7 @@ def main() -> None:
             _show_rows(Path(folder), options)
         if options.ids:
             _show_tables(Path(folder), options)
+            _show_rates(max(options.ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +170,7 @@ def _config(folder: Path) -> UpdateConfig:
 
 def _write_hour(log: ClickLog, hour: int, rows: int) -> None:
     rng = np.random.default_rng([hour, rows])
-    time = START + timedelta(hours=hour)
-    since_epoch = int(time.timestamp()) // 3600
+    since_epoch = int((START + timedelta(hours=hour)).timestamp()) // 3600
     user_R, item_R = rng.integers(0, USERS, rows), rng.integers(0, 2**62, rows)
     number_R = np.arange(rows, dtype=np.uint64) + np.uint64(hour << 40)
     columns = {
@@ -236,6 +241,29 @@ def _show_tables(folder: Path, options: argparse.Namespace) -> None:
     _console().print(table)
     if len(published) > 1:
         print(f"publishing what was touched: {published[-1] / published[0]:.1f} times the seconds of the smallest table")
+
+
+def _show_rates(ids: int) -> None:
+    """Of what is done to each byte or id; medians of five."""
+    block, rng, changed = bytes(64 * MIB), np.random.default_rng(0), ChangedRows(ids)
+    rows = [torch.from_numpy(rng.integers(0, ids, 2048)) for _ in range(26)]
+    digest = _median(lambda: hashlib.sha256(block).digest())
+    noting = _median(lambda: [changed.add(each) for each in rows])
+    finding = _median(changed.rows)
+    print(f"comparing parts with their SHA-256: {len(block) / digest / 1e9:.2f} GB/s")
+    print(
+        f"noting 2,048 rows x 26 features as touched: {noting * 1e3:.2f} ms; finding them among {ids:,} rows: {finding:.4f} s"
+    )
+
+
+def _median(work: Callable[[], object]) -> float:
+    """CPU seconds of this process."""
+    seconds = []
+    for _ in range(5):
+        started = time.process_time()
+        work()
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds)
 
 
 def _what_lacks(folder: Path, ids: int, dim: int) -> str | None:
