@@ -96,9 +96,9 @@ class CounterBank:
         self._add_to_bank(examples, rows, now)
         return KeyChanges.of(keys_R, slots_R, fresh_R, num_evicted)
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What a checkpoint keeps; as large as the number of keys that are stored."""
-        index = self._index.arrays()
+    def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint keeps; as large as the number of keys that are stored, or `changed` since `mark_saved`."""
+        index = self._index.arrays(changed=changed)
         return index | {
             "counts": self._counts_SK[index["slots"]],
             "hour": self._hour_S[index["slots"]],
@@ -106,8 +106,12 @@ class CounterBank:
             "bank_hour": np.array([self._bank_hour]),
         }
 
+    def mark_saved(self) -> None:
+        """What is touched from here on has changed."""
+        self._index.mark_saved()
+
     def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from what `arrays()` gave.
+        """Go on from what `arrays()` gave, and then from what had changed.
 
         Raises:
             SpecMismatch: it was kept with another capacity or other half-lives.
@@ -119,7 +123,6 @@ class CounterBank:
                 f"the spec has {width}: set 'of' and 'half_lives_hours' back, or start without them"
             )
         slots = self._index.load(arrays)
-        self._counts_SK[:] = 0
         self._counts_SK[slots] = arrays["counts"]
         self._hour_S[slots] = arrays["hour"]
         self._bank_clicks_H, self._bank_impressions_H = np.array(arrays["bank"], np.float64)
@@ -189,13 +192,17 @@ class AgeBank:
         """Share of rows with an id that is not known."""
         return self._index.new_share(examples.single_ids[self.feature])
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What a checkpoint keeps; as large as the number of ids that are stored."""
-        index = self._index.arrays()
+    def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint keeps; as large as the number of ids that are stored, or `changed` since `mark_saved`."""
+        index = self._index.arrays(changed=changed)
         return index | {"first_hour": self._first_hour_S[index["slots"]]}
 
+    def mark_saved(self) -> None:
+        """What is touched from here on has changed."""
+        self._index.mark_saved()
+
     def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from what `arrays()` gave.
+        """Go on from what `arrays()` gave, and then from what had changed.
 
         Raises:
             SpecMismatch: it was kept with another capacity.

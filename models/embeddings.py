@@ -6,13 +6,15 @@ Letters: B rows of the batch, W wide weights, S the sum of the embedding lengths
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchrec.distributed.types import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
@@ -22,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import CorruptCheckpoint
 from data_schemas.examples import I64
+from models.changed_rows import ChangedRows
 from models.tables import Table, TableLayout
 
 SparseOptimizer = Literal["adagrad", "rowwise_adagrad"]
@@ -54,6 +57,45 @@ class TableSlice:
     tensor: torch.Tensor
     """`[rows, columns]`; the live storage, not a copy."""
 
+    @property
+    def table(self) -> str:
+        """The feature or cross that it belongs to, as `EmbeddingTables.changed` names it."""
+        found = _OF_TABLE.fullmatch(self.name)
+        if not found:
+            raise ValueError(f"{self.name!r} is no part of a table; 'deep.item.weight' is")
+        return found[1]
+
+    def rows_inside(self, rows: I64) -> I64:
+        """Those of a table's rows that lie in the rectangle."""
+        return rows[(rows >= self.row) & (rows < self.row + len(self.tensor))]
+
+    @torch.no_grad()
+    def put(self, rows: I64, column: int, values: torch.Tensor) -> None:
+        """Puts `values`, `[rows, columns]` from a column of the table on, where these rows and columns are its own."""
+        inside = np.flatnonzero((rows >= self.row) & (rows < self.row + len(self.tensor)))
+        left, right = max(column, self.column), min(column + values.shape[1], self.column + self.tensor.shape[1])
+        if len(inside) and left < right:
+            own = torch.from_numpy(rows[inside] - self.row).to(self.tensor.device)
+            taken = values[torch.from_numpy(inside), left - column : right - column].to(self.tensor.device)
+            self.tensor[:, left - self.column : right - self.column].index_copy_(0, own, taken)
+
+
+_OF_TABLE = re.compile(r"(?:row_\w+\.)?(?:deep|wide)\.(.+)\.(?:weight|accumulator)(?:\.\w+)?")
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, new tables are not drawn at random, which takes as long as reading them: all that is not constant comes from a
+    checkpoint."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leaves `uniform_` over a range out."""
+        if func is torch.Tensor.uniform_:
+            tensor, low, high = args
+            return tensor.fill_(low) if low == high else tensor
+        return func(*args, **(kwargs or {}))
+
 
 class EmbeddingTables(nn.Module):
     """Fused tables for embeddings, and for wide weights.
@@ -77,7 +119,6 @@ class EmbeddingTables(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
-        self.device = device
         self.saved_elsewhere = False
         """Whether another process saves the same tables, of which these are a copy."""
         by_row = sparse_optimizer == "rowwise_adagrad"
@@ -95,9 +136,14 @@ class EmbeddingTables(nn.Module):
             is_weighted=True,
             device=device,
         )
+        self.decays: list[float] = []
+        """Factors that all accumulators were multiplied by since `mark_saved`, in their order."""
+        self.lie_on(device)
 
     def forward(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> Pooled:
         """Looks every id up once. Backward through the result steps the tables at once: call it once a step."""
+        if torch.is_grad_enabled():
+            self._note_changed(deep, wide)
         return Pooled(
             deep_BS=_in_order(self.deep(deep), self.layout.deep_keys),
             wide_BW=_in_order(self.wide(wide), self.layout.wide_keys)[:, ::WIDE_DIM],
@@ -117,6 +163,20 @@ class EmbeddingTables(nn.Module):
                 for own in pieces:
                     if own.name == drawn.name:
                         _copy_overlap(drawn, own)
+
+    def lie_on(self, device: torch.device) -> None:
+        """The tables are on this device now, and none of their rows has changed."""
+        self.device = device
+        names = {table.name: table.rows for table in (*self.layout.deep, *self.layout.wide)}
+        self.changed = {name: ChangedRows(rows, device) for name, rows in names.items()}
+        """By feature or cross: the rows that may have changed since `mark_saved`, in whichever of its tables. Each of several
+        processes knows those that it looked up itself."""
+
+    def mark_saved(self) -> None:
+        """What is looked up to be learned from here on has changed."""
+        self.decays.clear()
+        for changed in self.changed.values():
+            changed.clear()
 
     def set_learning_rates(self, *, sparse: float, wide: float) -> None:
         """Takes effect with the next backward pass."""
@@ -142,6 +202,8 @@ class EmbeddingTables(nn.Module):
             add_up: sums a tensor over all processes, in place; each process calls it in the same order.
         """
         pieces = list(self.slices())
+        for name, rows in rows_by_feature.items():
+            self.changed[name].add(rows)
         for part, table in [("deep", table) for table in self.layout.deep] + [("wide", table) for table in self.layout.wide]:
             if table.name not in rows_by_feature:
                 continue
@@ -162,6 +224,7 @@ class EmbeddingTables(nn.Module):
         """Multiplies every sum of squared gradients by `factor`, so that old gradients slow new ones down less."""
         if factor == 1.0:
             return
+        self.decays.append(factor)
         for piece in self.slices():
             if piece.name.endswith(".accumulator"):
                 piece.tensor.mul_(factor)
@@ -181,7 +244,7 @@ class EmbeddingTables(nn.Module):
 
     def load_slices(
         self,
-        saved: Mapping[str, Sequence[TableSlice]],
+        saved: Mapping[str, Iterable[TableSlice]],
         *,
         with_optimizer: bool = True,
         new_tables: Collection[str] = (),
@@ -196,16 +259,58 @@ class EmbeddingTables(nn.Module):
         Raises:
             CorruptCheckpoint: a part of a table is not among the saved slices.
         """
-        with torch.no_grad():
-            for own in self.slices(with_optimizer=with_optimizer):
-                if own.name.rpartition(".")[0] in new_tables:
-                    continue
-                filled = sum(_copy_overlap(piece, own) for piece in saved.get(own.name, ()))
-                if filled != own.tensor.numel():
-                    raise CorruptCheckpoint(
-                        f"table {own.name}: {filled} of {own.tensor.numel()} values are in the checkpoint; "
-                        "restore an older version, or start a new model under another model_name"
-                    )
+        filling = Filling(
+            own for own in self.slices(with_optimizer=with_optimizer) if own.name.rpartition(".")[0] not in new_tables
+        )
+        for pieces in saved.values():
+            for piece in pieces:
+                filling.take(piece)
+        filling.require_whole()
+
+    def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> None:
+        """Rows that a backward pass will step. A feature's embeddings and wide weights are mostly looked up alike."""
+        table_of_key = {key: table.name for table in (*self.layout.deep, *self.layout.wide) for key in table.lookups}
+        seen = [deep] if wide.values().data_ptr() == deep.values().data_ptr() and wide.keys() == deep.keys() else [deep, wide]
+        for ids in seen:
+            for key, rows in zip(ids.keys(), ids.values().split(ids.length_per_key()), strict=True):
+                self.changed[table_of_key[key]].add(rows)
+
+
+class Filling:
+    """Rectangles that are being filled from others, a few at a time, so that not all need be in memory at once."""
+
+    def __init__(self, own: Iterable[TableSlice]) -> None:
+        """Nothing is filled yet."""
+        self._own: dict[str, list[TableSlice]] = {}
+        self._missing: dict[str, int] = {}
+        for piece in own:
+            self._own.setdefault(piece.name, []).append(piece)
+            self._missing[piece.name] = self._missing.get(piece.name, 0) + piece.tensor.numel()
+
+    @torch.no_grad()
+    def take(self, saved: TableSlice) -> None:
+        """Copies what the saved rectangle covers; one that nobody asks for is passed over."""
+        for own in self._own.get(saved.name, ()):
+            self._missing[saved.name] -= _copy_overlap(saved, own)
+
+    def put(self, name: str, rows: I64, column: int, values: torch.Tensor) -> None:
+        """Puts rows over what was copied."""
+        for own in self._own.get(name, ()):
+            own.put(rows, column, values)
+
+    def require_whole(self) -> None:
+        """Whether every value was copied, once.
+
+        Raises:
+            CorruptCheckpoint: some of a table were not.
+        """
+        for name, missing in self._missing.items():
+            if missing:
+                size = sum(own.tensor.numel() for own in self._own[name])
+                raise CorruptCheckpoint(
+                    f"table {name}: {size - missing} of {size} values are in the checkpoint; "
+                    "restore an older version, or start a new model under another model_name"
+                )
 
 
 def _in_order(pooled: KeyedTensor, names: list[str]) -> torch.Tensor:

@@ -82,14 +82,18 @@ class HistoryBank:
         changes = KeyChanges(new_keys=int(fresh_U.sum()), evicted_keys=num_evicted, refused_rows=refused_rows)
         return changes, int((clicks_U - kept_U).sum()) - refused_rows
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What a checkpoint keeps; as large as the histories that are stored."""
-        index = self._index.arrays()
+    def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint keeps; as large as the histories that are stored, or `changed` since `mark_saved`."""
+        index = self._index.arrays(changed=changed)
         ids_FV, offsets = self._lists(index["slots"])
         return index | {"ids": ids_FV, "num_ids": np.diff(offsets)}
 
+    def mark_saved(self) -> None:
+        """What is touched from here on has changed."""
+        self._index.mark_saved()
+
     def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from what `arrays()` gave.
+        """Go on from what `arrays()` gave, and then from what had changed.
 
         Raises:
             SpecMismatch: it was kept with another capacity, length or list of features.
@@ -101,7 +105,6 @@ class HistoryBank:
                 f"{list(self.history.of)} and length {self.history.length}: set them back, or start without them"
             )
         slots = self._index.load(arrays)
-        self._written_S[:] = 0
         self._written_S[slots] = num_ids
         owner_V, nth_V = _places(num_ids)
         self._ids_FSL[:, slots[owner_V], nth_V] = ids_FV

@@ -102,17 +102,26 @@ class IdTables:
         now = max(hour, int(examples.hour_R.max(initial=hour)))
         return {name: table.admit(_ids_of(examples, name), now) for name, table in self._tables.items()}
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint keeps, under names such as `ids(item_id)/row keys`; unsigned keys as `int64` of the same bits.
 
         Every array is contiguous, as safetensors needs it.
+
+        Args:
+            changed: only of the ids that were seen since `mark_saved`, with the slots of those that were evicted.
         """
-        kept = {f"ids({name})/{part}": array for name, table in self._tables.items() for part, array in table.arrays().items()}
+        tables = {name: table.arrays(changed=changed) for name, table in self._tables.items()}
+        kept = {f"ids({name})/{part}": array for name, arrays in tables.items() for part, array in arrays.items()}
         contiguous = {name: np.ascontiguousarray(array) for name, array in kept.items()}
         return {name: array.view(np.int64) if array.dtype == np.uint64 else array for name, array in contiguous.items()}
 
+    def mark_saved(self) -> None:
+        """What is touched from here on has changed."""
+        for table in self._tables.values():
+            table.mark_saved()
+
     def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[str, ...]:
-        """Go on from what `arrays()` gave.
+        """Go on from what `arrays()` gave, and then from what had changed.
 
         Returns:
             features that the arrays know nothing of; none of their ids is known.
@@ -127,7 +136,7 @@ class IdTables:
             if not saved:
                 absent.append(name)
                 continue
-            if missing := sorted(table.arrays().keys() - saved.keys()):
+            if missing := sorted(table.arrays(changed=True).keys() - saved.keys() - {"row freed", "waiting freed"}):
                 raise SpecMismatch(f"the saved ids of {name} lack {missing}; take another checkpoint")
             table.load({part: array.view(np.uint64) if part.endswith("keys") else array for part, array in saved.items()})
         return tuple(absent)
@@ -187,22 +196,30 @@ class IdTable:
         )
         return Admission(fresh_rows=slots[fresh] + NUM_COMMON_ROWS, figures=figures)
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What a checkpoint keeps; as large as the number of ids that are stored."""
-        waiting = self._waiting.arrays()
-        owners = {f"row {part}": array for part, array in self._owners.arrays().items()}
+    def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint keeps; as large as the number of ids that are stored, or `changed` since `mark_saved`."""
+        waiting = self._waiting.arrays(changed=changed)
+        owners = {f"row {part}": array for part, array in self._owners.arrays(changed=changed).items()}
         waits = {f"waiting {part}": array for part, array in waiting.items()}
         return owners | waits | {"waiting sightings": self._sightings_S[waiting["slots"]]}
 
+    def mark_saved(self) -> None:
+        """What is touched from here on has changed."""
+        self._owners.mark_saved()
+        self._waiting.mark_saved()
+
     def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Go on from what `arrays()` gave.
+        """Go on from what `arrays()` gave, and then from what had changed.
 
         Raises:
             SpecMismatch: it was kept with another capacity.
         """
-        parts = ("slots", "keys", "used_hour")
-        self._owners.load({part: arrays[f"row {part}"] for part in parts})
-        self._sightings_S[self._waiting.load({part: arrays[f"waiting {part}"] for part in parts})] = arrays["waiting sightings"]
+        owners, waiting = (
+            {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
+            for kind in ("row ", "waiting ")
+        )
+        self._owners.load(owners)
+        self._sightings_S[self._waiting.load(waiting)] = waiting["sightings"]
 
     def _wait(self, id_U: U64, sightings_U: I64, now_hour: int) -> int:
         """Keep the sightings of ids that have no row; returns how many ids were given up for them, or not taken."""

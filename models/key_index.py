@@ -17,6 +17,7 @@ import numpy.typing as npt
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import I64, U64, Examples
 from data_schemas.hashing import MISSING, combine_hashes, mix64, rows_of
+from models.changed_rows import ChangedRows
 
 Bool = npt.NDArray[np.bool_]
 
@@ -57,6 +58,7 @@ class KeyIndex:
         self._num_buckets = capacity // self._ways
         self._keys = np.zeros(self.num_slots, np.uint64)
         self._used_hour = np.full(self.num_slots, FREE, np.int32)
+        self._changed = ChangedRows(self.num_slots)
 
     @property
     def num_slots(self) -> int:
@@ -107,6 +109,7 @@ class KeyIndex:
         new_R = (slots_R < 0) & (keys_R != MISSING)
         num_evicted = self._place(_distinct(keys_R[new_R]), now_hour)
         self._used_hour[found] = np.maximum(used_hour, now_hour)
+        self._changed.add(found)
         slots_R[new_R] = self.find(keys_R[new_R])
         return slots_R, new_R & (slots_R >= 0), num_evicted
 
@@ -114,6 +117,7 @@ class KeyIndex:
         """Note that these slots (-1 for none) are used now, so that others give way first."""
         slots = slots[slots >= 0]
         self._used_hour[slots] = np.maximum(self._used_hour[slots], now_hour)
+        self._changed.add(slots)
 
     def unused_since(self, hour: int) -> I64:
         """Slots whose key was last used before `hour`."""
@@ -124,14 +128,28 @@ class KeyIndex:
         slots = slots[slots >= 0]
         self._keys[slots] = MISSING
         self._used_hour[slots] = FREE
+        self._changed.add(slots)
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What a checkpoint keeps, of the slots that hold a key alone: `slots` (ascending), `keys` and `used_hour`."""
-        slots = np.flatnonzero(self._keys)
-        return {"slots": slots, "keys": self._keys[slots], "used_hour": self._used_hour[slots]}
+    def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint keeps, of the slots that hold a key alone: `slots` (ascending), `keys` and `used_hour`.
+
+        Args:
+            changed: only of the slots that were touched since `mark_saved`; those of them that hold no key now are `freed`.
+        """
+        if not changed:
+            slots = np.flatnonzero(self._keys)
+            return {"slots": slots, "keys": self._keys[slots], "used_hour": self._used_hour[slots]}
+        touched = self._changed.rows()
+        holds = self._keys[touched] != MISSING
+        slots = touched[holds]
+        return {"slots": slots, "keys": self._keys[slots], "used_hour": self._used_hour[slots], "freed": touched[~holds]}
+
+    def mark_saved(self) -> None:
+        """What is touched from here on has changed."""
+        self._changed.clear()
 
     def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> I64:
-        """Take the place of what `arrays()` gave; returns its `slots`.
+        """Take the place of what `arrays()` gave, or take over what `arrays(changed=True)` gave since; returns its `slots`.
 
         Raises:
             SpecMismatch: the arrays come from an index of another capacity.
@@ -143,11 +161,17 @@ class KeyIndex:
                 f"{len(keys)} saved keys do not lie where an index of capacity {self.capacity} looks for them; "
                 "they were saved with another capacity: set that one, or start without them"
             )
-        self._keys[:] = MISSING
-        self._used_hour[:] = FREE
+        slots = slots.astype(np.int64, copy=False)
+        if "freed" in arrays:
+            self.remove(arrays["freed"])
+            self._changed.add(slots)
+        else:
+            self._keys[:] = MISSING
+            self._used_hour[:] = FREE
+            self._changed.clear()
         self._keys[slots] = keys
         self._used_hour[slots] = arrays["used_hour"]
-        return slots.astype(np.int64, copy=False)
+        return slots
 
     def _buckets(self, keys: U64) -> I64:
         """Keys are mixed once more: the bits that choose a key's shard or table row shall not choose its bucket."""
@@ -170,6 +194,7 @@ class KeyIndex:
         num_evicted = int(np.count_nonzero(self._keys[slot_U]))
         self._keys[slot_U] = new_keys_U[order_U]
         self._used_hour[slot_U] = now_hour
+        self._changed.add(slot_U)
         return num_evicted
 
 

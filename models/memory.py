@@ -114,17 +114,26 @@ class Memory:
             capped_history_events=capped,
         )
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint keeps, under names such as `counter(item_id)/keys`; unsigned keys as `int64` of the same bits.
 
         Every array is contiguous: safetensors writes the memory of any other in its own order, and says nothing.
+
+        Args:
+            changed: only what was touched since `mark_saved`, with the slots that were `freed`.
         """
-        kept = {f"{name}/{part}": array for name, bank in self._banks() for part, array in bank.arrays().items()}
+        banks = {name: bank.arrays(changed=changed) for name, bank in self._banks()}
+        kept = {f"{name}/{part}": array for name, arrays in banks.items() for part, array in arrays.items()}
         contiguous = {name: np.ascontiguousarray(array) for name, array in kept.items()}
         return {name: array.view(np.int64) if array.dtype == np.uint64 else array for name, array in contiguous.items()}
 
+    def mark_saved(self) -> None:
+        """What is touched from here on has changed."""
+        for _, bank in self._banks():
+            bank.mark_saved()
+
     def load(self, arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[str, ...]:
-        """Go on from what `arrays()` gave: what follows equals not having stopped.
+        """Go on from what `arrays()` gave, and then from what had changed: what follows equals not having stopped.
 
         Returns:
             names of banks that the arrays know nothing of; they stay as they are, so in a new memory empty.
@@ -138,12 +147,11 @@ class Memory:
             if not saved:
                 absent.append(name)
                 continue
-            expected = bank.arrays()
-            if missing := sorted(expected.keys() - saved.keys()):
+            kinds = {part: array.dtype for part, array in bank.arrays(changed=True).items()}
+            if missing := sorted(kinds.keys() - saved.keys() - {"freed"}):
                 raise SpecMismatch(f"the saved {name} lacks {missing}; take another checkpoint")
-            bank.load(
-                {part: saved[part].view(np.uint64) if expected[part].dtype == np.uint64 else saved[part] for part in expected}
-            )
+            parts = [part for part in kinds if part in saved]
+            bank.load({part: saved[part].view(np.uint64) if kinds[part] == np.uint64 else saved[part] for part in parts})
         return tuple(absent)
 
     def _banks(self) -> Iterator[tuple[str, CounterBank | AgeBank | HistoryBank]]:

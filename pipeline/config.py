@@ -494,7 +494,10 @@ class UpdateConfig(BaseSettings):
     """How long a command waits where another process has the model, before it gives up with exit code 75; not part of the
     budget."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 5
-    """The newest that stay on disk; a corrupt one is replaced by the one before."""
+    """The newest that stay on disk, with what they build on; a corrupt one is replaced by the one before."""
+    delta_checkpoints_from_mib: Annotated[int, Field(ge=0)] = 64
+    """A model whose tables and counters take at least so many MiB on disk is saved whole now and then; the versions between
+    hold what was touched since. A smaller one is always saved whole."""
     cluster: Annotated[str, Field(pattern=r"^(none|local:[1-9][0-9]{0,2}|(tcp|tls|ucx|ws|wss)://\S+)$")] = "none"
     """Where the landing folder's files are read and checked: `none`, here, one after the other; `local:2`, by two processes of
     this machine; `tcp://host:8786`, by the workers of the Dask scheduler there, who see the landing folder and `state_dir`

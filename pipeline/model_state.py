@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,6 +22,7 @@ from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint, SpecMismatch
 from data_schemas.examples import I64, Examples
 from models.ctr import Architecture, CtrModel, build_model
+from models.embeddings import TableSlice
 from models.id_table import SHARED_ROW, IdFigures, IdTables
 from models.memory import Memory, column_names
 from models.tables import table_layout
@@ -40,14 +41,18 @@ from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
 from pipeline.evaluation.paired import Evidence
 from pipeline.publishing.checkpoint import (
+    Base,
     Manifest,
     Moments,
     Sampled,
+    base_of,
     current_version,
     head_version,
+    is_due,
     load_cursor,
     load_dense,
     load_memory,
+    load_rows,
     load_tables,
     next_version,
     pack_pending,
@@ -58,6 +63,7 @@ from pipeline.publishing.checkpoint import (
     set_aside,
     versions,
 )
+from pipeline.publishing.table_files import changed_file, whole_files
 from pipeline.training.late_clicks import LateClicks
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
@@ -109,6 +115,8 @@ class ModelState:
     """The version that serves, where it is another: what this one learned since is not proven."""
     evidence: Evidence | None = None
     """Of its comparison with the one that serves, which could not decide."""
+    base: Base | None = None
+    """The whole version that its changes are marked against; None: the next one has to be whole."""
     notes: tuple[str, ...] = ()
     """What happened on the way, such as a corrupt checkpoint that was passed over."""
 
@@ -207,6 +215,10 @@ def save(
     learner = state.learner
     state = as_saved(state, window, learned, config)
     version, cursor = state.version, state.cursor
+    tables = learner.model.tables
+    slices = [] if tables.saved_elsewhere else [*tables.slices(), *learner.sparse_step.slices()]
+    delta = _delta(state, slices, config, published=published)
+    base = state.base if delta else None
     pending, bitmaps = pack_pending(cursor)
     manifest = Manifest(
         version=version,
@@ -230,19 +242,52 @@ def save(
         pending=pending,
         released=cursor.released,
         moments=Moments.of(state.moments),
+        decays=tuple(tables.decays) if delta else (),
     )
-    save_checkpoint(
+    manifest = save_checkpoint(
         config.model_dir,
         manifest,
         dense=_dense_tensors(learner),
-        tables=learner.model.tables,
-        memory=_kept_arrays(state, None if published else current_version(config.model_dir) or 0),
+        tables=[delta.tables] if delta else whole_files(slices),
+        memory=delta.memory if delta else state.memory.arrays() | state.ids.arrays(),
+        rows=_kept_rows(state, None if published else current_version(config.model_dir) or 0),
         pending=bitmaps,
+        base=base,
         keep=config.keep_checkpoints,
         processes=learner.processes,
         published=published,
     )
-    return state
+    if base is None:
+        for marked in (tables, state.memory, state.ids):
+            marked.mark_saved()
+    return replace(state, base=base_of(config.model_dir, manifest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Delta:
+    """What changed since the base."""
+
+    tables: Mapping[str, torch.Tensor]
+    memory: Mapping[str, npt.NDArray[Any]]
+
+
+def _delta(state: ModelState, slices: Sequence[TableSlice], config: UpdateConfig, *, published: bool) -> _Delta | None:
+    """None where the version is to be whole; the same on all processes.
+
+    What is not published is no base for others, so that it is whole only where it has to be.
+    """
+    base, learner = state.base, state.learner
+    if base is None or base.version not in versions(config.model_dir) or base.bytes < config.delta_checkpoints_from_mib << 20:
+        return None
+    processes, marked = learner.processes, learner.model.tables.changed
+    changed = {name: processes.union(rows.rows(), learner.device) for name, rows in marked.items()}
+    delta = _Delta(
+        tables=changed_file(slices, changed),
+        memory=state.memory.arrays(changed=True) | state.ids.arrays(changed=True),
+    )
+    size = processes.total(sum(tensor.nbytes for tensor in delta.tables.values()))
+    size += sum(array.nbytes for array in delta.memory.values())
+    return None if published and is_due(base, round(size)) else delta
 
 
 def fingerprint_of_copies(state: ModelState) -> str:
@@ -355,9 +400,9 @@ def _manifest_or_fault(config: UpdateConfig, version: int) -> Manifest | Corrupt
         return error
 
 
-def _kept_arrays(state: ModelState, champion: int | None) -> dict[str, npt.NDArray[Any]]:
-    """What is kept beside weights and tables; evidence only while it has not decided against a champion."""
-    kept = state.memory.arrays() | state.ids.arrays() | state.replay.arrays() | state.late_clicks.arrays()
+def _kept_rows(state: ModelState, champion: int | None) -> dict[str, npt.NDArray[Any]]:
+    """Past rows that are kept; those that are evidence only while it has not decided against a champion."""
+    kept = state.replay.arrays() | state.late_clicks.arrays()
     if champion is None or state.evidence is None:
         return kept
     evidence = {f"{EVIDENCE}{name}": array for name, array in state.evidence.arrays().items()}
@@ -389,7 +434,13 @@ def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> N
 
 
 def _model(
-    config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device, *, gated: bool = False, new: bool
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    processes: Processes,
+    device: torch.device,
+    *,
+    gated: bool = False,
+    new: bool,
 ) -> CtrModel:
     spread = partial(
         spread_tables,
@@ -447,19 +498,25 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     dense = load_dense(config.model_dir, manifest)
     before, after = table_layout(trained_on), table_layout(spec)
     gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.head_keys != after.head_keys)
-    model = _model(config, spec, processes, device, gated=gated, new=trained_on.fingerprint() != spec.fingerprint())
+    new = new_tables(before, after)
+    model = _model(config, spec, processes, device, gated=gated, new=bool(new))
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
-    load_tables(config.model_dir, manifest, model.tables, new_tables=new_tables(before, after))
+    kept_averages = learner.sparse_step.averages().keys() & manifest.average_steps.keys()
+    averages = [piece for piece in learner.sparse_step.slices() if piece.name.split(".")[0] in kept_averages]
+    load_tables(config.model_dir, manifest, model.tables, averages=averages, new_tables=new)
+    same = trained_on.fingerprint() == spec.fingerprint() and _average_kinds(learner) == manifest.average_steps.keys()
     if trained_on.fingerprint() != spec.fingerprint():
         dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))
     _load_dense_tensors(learner, manifest, dense)
     moments = _widened_moments(manifest.moments.running(), trained_on, spec) if manifest.moments else None
     cursor = load_cursor(config.model_dir, manifest)
-    memory, ids, kept = Memory(spec), IdTables(spec), load_memory(config.model_dir, manifest)
-    memory.load(kept)
-    ids.load(kept)
+    memory, ids = Memory(spec), IdTables(spec)
+    for arrays in load_memory(config.model_dir, manifest):
+        memory.load(arrays)
+        ids.load(arrays)
+    kept = load_rows(config.model_dir, manifest)
     serving = current_version(config.model_dir)
     return ModelState(
         learner=learner,
@@ -472,6 +529,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         version=manifest.version,
         serving=serving if manifest.version == head_version(config.model_dir) else None,
         evidence=_evidence(kept, serving),
+        base=base_of(config.model_dir, manifest) if same else None,
         notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),
     )
 
@@ -541,8 +599,6 @@ def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:
     tensors |= {f"{GROUP}{name}": value for name, value in group_scalars(learner.optimizer).items()}
     for kind, average in _averages(learner).items():
         tensors |= {f"{kind}.{name}": total for name, total in average.sums.items()}
-    for kind, of_rows in learner.sparse_step.averages().items():
-        tensors |= {f"{kind}.{name}": tensor for name, tensor in of_rows.tensors().items()}
     if learner.noise_scale.measurements:
         tensors[NOISE_SCALE] = torch.tensor(learner.noise_scale.state(), dtype=torch.float64)
     return tensors | {"random.torch": torch.get_rng_state()}
@@ -574,6 +630,11 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
 
 def _starting_with(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _average_kinds(learner: Learner) -> Set[str]:
+    """Names of all moving averages that are kept."""
+    return _averages(learner).keys() | learner.sparse_step.averages().keys()
 
 
 def _averages(learner: Learner) -> dict[str, MovingAverage]:

@@ -11,7 +11,7 @@ from pipeline.config import UpdateConfig
 from pipeline.data.held import HeldWindow, held_windows
 from pipeline.data.lake import ClickLog
 from pipeline.data.windows import as_time, waiting_pieces
-from pipeline.publishing.checkpoint import current_version, head_version, load_cursor, read_manifest
+from pipeline.publishing.checkpoint import OF_CURSOR, current_version, head_version, load_cursor, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def pending_of(config: UpdateConfig) -> Pending:
     version = head_version(folder) or current_version(folder)
     if version is None:
         raise CheckpointError("the model has no checkpoint yet")
-    manifest = read_manifest(folder, version)
+    manifest = read_manifest(folder, version, OF_CURSOR)
     if manifest.spec is None or not (config.log_path / "_delta_log").is_dir():
         raise CheckpointError(f"there is no click log in {config.log_path} that version {version} could be compared with")
     cursor, held = load_cursor(folder, manifest), held_windows(folder)

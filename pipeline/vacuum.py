@@ -19,7 +19,15 @@ from pipeline.data.held import held_windows
 from pipeline.data.lake import ClickLog, LogFile, Quarantine
 from pipeline.data.lineage import Piece, Rewrite, added_between, carry
 from pipeline.data.windows import Cursor, as_time
-from pipeline.publishing.checkpoint import current_version, head_version, load_cursor, read_manifest, undone_versions, versions
+from pipeline.publishing.checkpoint import (
+    OF_CURSOR,
+    current_version,
+    head_version,
+    load_cursor,
+    read_manifest,
+    undone_versions,
+    versions,
+)
 
 MAX_ATTEMPTS = 5
 """How often the log's retention is tried again because another process wrote to the log meanwhile."""
@@ -121,7 +129,7 @@ def _kept_checkpoints(config: UpdateConfig, notes: list[str]) -> Iterator[_Kept]
         for number in [*versions(folder), *undone_versions(folder), *([head] if head else [])]:
             serves = number == serving
             try:
-                cursor = load_cursor(folder, read_manifest(folder, number))
+                cursor = load_cursor(folder, read_manifest(folder, number, None if serves else OF_CURSOR))
                 yield _Kept(serves=serves, cursor=cursor)
             except (TidemarkError, OSError) as error:  # one that was just pruned is missing, too
                 notes.append(f"model {folder.name}: {error}")

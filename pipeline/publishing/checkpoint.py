@@ -3,11 +3,19 @@
     <model_dir>/checkpoints/v000007/manifest.json            what was consumed, how it was learned, the hash of every part
                                    /dense.safetensors        dense weights, optimizer, averages
                                    /tables-0-of-1.safetensors    this process's rectangles of tables and accumulators
-                                   /memory.safetensors       counters and histories
+                                   /memory.safetensors       counters and histories, ids that have a row
+                                   /rows.safetensors         past rows: of replay, of late clicks, of the gate
                                    /pending.safetensors      bitmaps of rows still to be learned
-    <model_dir>/checkpoints/v000008.unpublished/             learned, but not proven: the next update goes on from it
-    <model_dir>/checkpoints/v000008.forgotten/               empty: its number is not given to another model
+    <model_dir>/checkpoints/v000008/manifest.json            "base": 7, and the hashes of that version's parts as well
+                                   /tables-0-of-1.changed.safetensors, memory.changed.safetensors    what changed since
+    <model_dir>/checkpoints/v000009.unpublished/             learned, but not proven: the next update goes on from it
+    <model_dir>/checkpoints/v000009.forgotten/               empty: its number is not given to another model
     <model_dir>/CURRENT                                      the name of the version that serves
+
+A version is whole, or holds of tables and memory only what changed since a whole one, its base: all of it, so that a restore
+reads the base and one delta. A base is published and stays as long as a version that is kept builds on it. A new base is due
+once the deltas since the last one would have come to as many bytes as it has: each update then costs what it touched, and all
+of them together at most about twice the least that they could.
 
 A version is written into a temporary folder, synced, renamed, and only then does CURRENT move: a reader sees the old model
 or the new one. Nothing here is a pickle.
@@ -19,8 +27,9 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,8 +64,13 @@ FORGOTTEN = ".forgotten"
 """Ending of the empty folder that keeps the number of a version which was not proven."""
 CORRUPT = ".corrupt"
 """Ending of the folder of a version that was set aside."""
-FORMAT = 1
-Content = Literal["dense", "tables", "memory", "pending"]
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""In format 1 every version is whole, past rows lie among the memory, and averages of table rows among the dense tensors."""
+Content = Literal["dense", "tables", "memory", "rows", "pending"]
+Kind = Literal["base", "delta"]
+OF_CURSOR: tuple[Content, ...] = ("pending",)
+"""Parts that tell what a model has consumed."""
 
 
 class _Saved(BaseModel):
@@ -66,9 +80,11 @@ class _Saved(BaseModel):
 class Part(_Saved):
     """One file of a checkpoint."""
 
-    kind: Literal["base", "delta"]
-    """A delta holds only the rows touched since the base before it."""
+    kind: Kind
+    """A delta holds only what was touched since the base."""
     content: Content
+    of: int | None = None
+    """The version whose folder holds the file; None: the one that the manifest is of."""
     file: str
     bytes: int
     sha256: str
@@ -147,11 +163,58 @@ class Manifest(_Saved):
     released: tuple[str, ...] = ()
     """Windows that were held aside, released, and learned."""
     moments: Moments | None
+    base: int | None = None
+    """The whole version that this one tells the changes of; None: it is whole itself."""
+    delta_bytes: int = 0
+    """What the deltas since the base hold together, this one included."""
+    decays: tuple[float, ...] = ()
+    """Factors that all accumulators were multiplied by since the base, in their order."""
     parts: tuple[Part, ...] = ()
+    digest: str = ""
+    """SHA-256 of the manifest as it is written with this empty; empty: nothing tells whether it has changed."""
 
     def plan_records(self) -> tuple[PlanRecord, ...]:
         """The plan trace of the update that made this checkpoint."""
         return tuple(PlanRecord(**record) for record in self.plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A whole version that others can be told by their difference from."""
+
+    version: int
+    parts: tuple[Part, ...]
+    """Its tables and its memory, as the manifest of a delta names them."""
+    delta_bytes: int = 0
+    """What the deltas since then hold together."""
+
+    @property
+    def bytes(self) -> int:
+        """Of what a delta need not repeat."""
+        return sum(part.bytes for part in self.parts)
+
+
+def base_of(model_dir: Path, manifest: Manifest) -> Base | None:
+    """What the version after this one can build on; None where that has to be whole.
+
+    What is not published can be forgotten, and what an older tidemark wrote is not cut into the parts of today.
+    """
+    if manifest.base is not None:
+        parts = tuple(part for part in manifest.parts if part.of is not None)
+        return Base(version=manifest.base, parts=parts, delta_bytes=manifest.delta_bytes)
+    if manifest.format != FORMAT or manifest.version not in versions(model_dir):
+        return None
+    own = (part for part in manifest.parts if part.content in ("tables", "memory"))
+    return Base(version=manifest.version, parts=tuple(part.model_copy(update={"of": manifest.version}) for part in own))
+
+
+def is_due(base: Base, delta_bytes: int) -> bool:
+    """Whether a new whole version costs less than going on with deltas of about this size.
+
+    With deltas that grow by as much each time, a new base after n of them costs `F / n + r * n / 2` bytes an update, F those of
+    the base and r what an update adds: least where all the deltas together come to F.
+    """
+    return base.delta_bytes + delta_bytes > base.bytes
 
 
 def save_checkpoint(
@@ -159,17 +222,35 @@ def save_checkpoint(
     manifest: Manifest,
     *,
     dense: Mapping[str, torch.Tensor],
-    tables: EmbeddingTables,
+    tables: Iterable[Mapping[str, torch.Tensor]],
     memory: Mapping[str, npt.NDArray[Any]],
+    rows: Mapping[str, npt.NDArray[Any]],
     pending: Mapping[str, torch.Tensor],
+    base: Base | None = None,
     keep: int,
     processes: Processes,
     published: bool = True,
-) -> Path:
+) -> Manifest:
     """Writes version `manifest.version` and makes it the current one; the older ones but for the last `keep` go.
 
     Each process writes its own rectangles of the tables; the first one writes everything else and publishes. One that is not
     to be `published` becomes the head instead: the next update goes on from it, and CURRENT stays.
+
+    Args:
+        model_dir: folder of the model.
+        manifest: without its parts.
+        dense: every dense tensor.
+        tables: what each file of this process's rectangles holds: all of them, or what changed since `base`.
+        memory: counters and the like, all of them, or what changed since `base`.
+        rows: past rows that are kept.
+        pending: bitmaps.
+        base: None for a version that is whole.
+        keep: how many versions stay.
+        processes: all of them call this.
+        published: whether it serves.
+
+    Returns:
+        The manifest with its parts.
 
     Raises:
         OSError: the disk is full or not writable; the version before stays current and nothing is left behind.
@@ -181,17 +262,18 @@ def save_checkpoint(
         _stage(folder, staged)
     processes.wait()
     try:
-        _write_tensors(staged / _tables_file(processes.rank, processes.count), _by_key(tables))
+        for number, content in enumerate(tables):
+            _write_tensors(staged / _tables_file(processes.rank, processes.count, number, changed=base is not None), content)
         processes.wait()
         if processes.rank == 0:
-            _finish(staged, final, manifest, dense=dense, memory=memory, pending=pending, num_table_files=processes.count)
+            manifest = _finish(staged, final, manifest, dense=dense, memory=memory, rows=rows, pending=pending, base=base)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
     if processes.rank == 0:
         settle(model_dir, manifest.version, published=published, keep=keep)
     processes.wait()
-    return final
+    return manifest if processes.rank == 0 else _manifest_in(final)
 
 
 def settle(model_dir: Path, version: int, *, published: bool, keep: int) -> None:
@@ -271,7 +353,10 @@ def point_to(model_dir: Path, version: int) -> None:
 
 
 def set_aside(model_dir: Path, version: int) -> None:
-    """Gives a corrupt version another name, so that it neither serves nor counts among those that are kept."""
+    """Gives a corrupt version another name, so that it neither serves nor counts among those that are kept.
+
+    Versions that build on it go on reading those of its files that are as they were written.
+    """
     folder = _folder(model_dir, version)
     if folder.is_dir():
         folder.rename(folder.with_name(f"{_name(version)}{CORRUPT}"))
@@ -302,33 +387,39 @@ def learned_until(model_dir: Path) -> int | None:
     The manifest alone is read, and not compared with anything.
     """
     version = head_version(model_dir) or current_version(model_dir)
-    path = _folder(model_dir, version or 0) / MANIFEST
+    path = _folder(model_dir, version or 0)
     try:
-        return Manifest.model_validate_json(path.read_bytes()).window_end
+        return _manifest_in(path).window_end
     except (OSError, ValueError):
         return None
 
 
-def read_manifest(model_dir: Path, version: int) -> Manifest:
-    """The manifest, after every part was compared with its hash.
+def read_manifest(model_dir: Path, version: int, contents: Collection[Content] | None = None) -> Manifest:
+    """The manifest, after every part was compared with its hash, those of the base included.
+
+    Args:
+        model_dir: folder of the model.
+        version: one that is kept, whatever became of it.
+        contents: compare only parts of these; None: all.
 
     Raises:
         CorruptCheckpoint: a part is missing or has changed.
     """
     folder = _folder(model_dir, version)
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        manifest = _manifest_in(folder)
     except (OSError, ValidationError, ValueError) as error:
         raise CorruptCheckpoint(f"checkpoint {_name(version)}: its manifest cannot be read ({error})") from error
-    if manifest.format != FORMAT:
+    if manifest.format not in READABLE:
         raise CorruptCheckpoint(f"checkpoint {_name(version)}: format {manifest.format} is unknown to this tidemark; update it")
     for part in manifest.parts:
-        _verify(folder, part)
+        if contents is None or part.content in contents:
+            _verify(model_dir, manifest, part)
     return manifest
 
 
 def load_dense(model_dir: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The tensors of the dense part.
+    """The tensors of the dense part, copied: what lives on must not hang on a mapped file.
 
     Raises:
         CorruptCheckpoint: the part holds no tensors, whatever its hash says. So do the loaders below.
@@ -338,16 +429,21 @@ def load_dense(model_dir: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for path in _files(model_dir, manifest, "dense"):
         with reading(path):
-            tensors |= load_file(path)
+            tensors |= {name: tensor.clone() for name, tensor in load_file(path).items()}
     return tensors
 
 
-def load_memory(model_dir: Path, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of counters and histories."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
+def load_memory(model_dir: Path, manifest: Manifest) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The arrays of counters, histories and ids, then those of what changed since, where the version is not whole."""
     for path in _files(model_dir, manifest, "memory"):
-        with reading(path):
-            arrays |= load_arrays(path)
+        yield _load_arrays(path)
+
+
+def load_rows(model_dir: Path, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of past rows that are kept."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for path in _files(model_dir, manifest, "memory" if manifest.format == 1 else "rows"):
+        arrays |= _load_arrays(path)
     return arrays
 
 
@@ -365,7 +461,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what a file raises that does not hold what it should into `CorruptCheckpoint`; nothing in it is executed."""
     try:
         yield
-    except (SafetensorError, ValidationError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, ValidationError, ValueError, LookupError, RuntimeError, OSError) as error:
         raise CorruptCheckpoint(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -374,23 +470,34 @@ def load_tables(
     manifest: Manifest,
     tables: EmbeddingTables,
     *,
-    with_optimizer: bool = True,
+    averages: Iterable[TableSlice] = (),
     new_tables: Collection[str] = (),
 ) -> None:
-    """Fills `tables`, which may be cut otherwise than the saved ones; `new_tables` stay as they are."""
-    from safetensors.torch import load_file
+    """Fills `tables`, which may be cut otherwise than the saved ones, and the averages of their rows.
 
-    from models.embeddings import TableSlice
+    What was touched since the base is marked as changed in `tables`.
 
-    saved: dict[str, list[TableSlice]] = {}
-    for path in _files(model_dir, manifest, "tables"):
+    Args:
+        model_dir: folder of the model.
+        manifest: of the version.
+        tables: filled, but for `new_tables`, which stay as they are.
+        averages: filled as far as they are in the checkpoint.
+        new_tables: `deep.<name>` and `wide.<name>` of tables that the checkpoint does not have.
+    """
+    from models.embeddings import Filling
+    from pipeline.publishing.table_files import read_changed, read_whole
+
+    own = [piece for piece in tables.slices() if piece.name.rpartition(".")[0] not in new_tables]
+    filling, filling_averages = Filling(own), Filling(averages)
+    for path in _files(model_dir, manifest, "tables", kind="base"):
         with reading(path):
-            tensors = load_file(path)
-        for key, tensor in tensors.items():
-            name, _, place = key.partition("@")
-            row, column = (int(offset) for offset in place.split(","))
-            saved.setdefault(name, []).append(TableSlice(name=name, row=row, column=column, tensor=tensor))
-    tables.load_slices(saved, with_optimizer=with_optimizer, new_tables=new_tables)
+            read_whole(path, filling, filling_averages)
+    filling.require_whole()
+    for factor in manifest.decays:
+        tables.decay_accumulators(factor)
+    for path in _files(model_dir, manifest, "tables", kind="delta"):
+        with reading(path):
+            read_changed(path, tables.changed, filling, filling_averages)
 
 
 def pack_pending(cursor: Cursor) -> tuple[tuple[PendingRows, ...], dict[str, torch.Tensor]]:
@@ -451,30 +558,49 @@ def _finish(
     *,
     dense: Mapping[str, torch.Tensor],
     memory: Mapping[str, npt.NDArray[Any]],
+    rows: Mapping[str, npt.NDArray[Any]],
     pending: Mapping[str, torch.Tensor],
-    num_table_files: int,
-) -> None:
+    base: Base | None,
+) -> Manifest:
     """Writes what is left, then the manifest over all parts, and gives the folder its name."""
+    kind: Kind = "delta" if base else "base"
     _write_tensors(staged / "dense.safetensors", dense)
     parts = [_describe(staged, "dense", "dense.safetensors")]
-    parts += [_describe(staged, "tables", _tables_file(rank, num_table_files)) for rank in range(num_table_files)]
+    parts += [_describe(staged, "tables", path.name, kind) for path in sorted(staged.glob("tables-*"))]
     if memory:
-        with writing(staged):
-            save_arrays(dict(memory), staged / "memory.safetensors")
-        _sync_file(staged / "memory.safetensors")
-        parts.append(_describe(staged, "memory", "memory.safetensors"))
+        parts.append(_write_arrays(staged, "memory", memory, kind))
+    if rows:
+        parts.append(_write_arrays(staged, "rows", rows, "base"))
     if pending:
         _write_tensors(staged / "pending.safetensors", pending)
         parts.append(_describe(staged, "pending", "pending.safetensors"))
-    complete = manifest.model_copy(update={"parts": tuple(parts)})
-    write_durably(staged / MANIFEST, complete.model_dump_json(indent=1).encode())
+    complete = manifest.model_copy(update={"parts": tuple(parts)} if base is None else _as_delta(base, parts))
+    complete = complete.model_copy(update={"digest": hashlib.sha256(_as_json(complete)).hexdigest()})
+    write_durably(staged / MANIFEST, _as_json(complete))
     _sync_folder(staged)
     staged.rename(final)
     _sync_folder(final.parent)
+    return complete
 
 
-def _tables_file(rank: int, count: int) -> str:
-    return f"tables-{rank}-of-{count}.safetensors"
+def _as_delta(base: Base, parts: list[Part]) -> dict[str, Any]:
+    """What the manifest of a version says that builds on `base`; the base's parts come first."""
+    own_bytes = sum(part.bytes for part in parts if part.kind == "delta")
+    return {"parts": (*base.parts, *parts), "base": base.version, "delta_bytes": base.delta_bytes + own_bytes}
+
+
+_CHANGED = ".changed"
+
+
+def _tables_file(rank: int, count: int, number: int, *, changed: bool) -> str:
+    further = f"-{number:05d}" if number else ""
+    return f"tables-{rank}-of-{count}{further}{_CHANGED if changed else ''}.safetensors"
+
+
+def _load_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    with reading(path):
+        arrays: dict[str, npt.NDArray[Any]] = load_arrays(path)
+    return arrays
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -485,42 +611,88 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     _sync_file(path)
 
 
+def _write_arrays(staged: Path, content: Content, arrays: Mapping[str, npt.NDArray[Any]], kind: Kind) -> Part:
+    path = staged / f"{content}{_CHANGED if kind == 'delta' else ''}.safetensors"
+    with writing(path):
+        save_arrays(dict(arrays), path)
+    _sync_file(path)
+    return _describe(staged, content, path.name, kind)
+
+
 def _sync_file(path: Path) -> None:
     with path.open("rb") as written:
         os.fsync(written.fileno())
 
 
-def _describe(folder: Path, content: Content, file: str) -> Part:
+def _as_json(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=1).encode()
+
+
+def _manifest_in(folder: Path) -> Manifest:
+    content = (folder / MANIFEST).read_bytes()
+    manifest = Manifest.model_validate_json(content)
+    if manifest.digest and hashlib.sha256(content.replace(manifest.digest.encode(), b"", 1)).hexdigest() != manifest.digest:
+        raise ValueError("it has changed since it was written")
+    return manifest
+
+
+def _describe(folder: Path, content: Content, file: str, kind: Kind = "base") -> Part:
     path = folder / file
-    return Part(kind="base", content=content, file=file, bytes=path.stat().st_size, sha256=_sha256(path))
+    return Part(kind=kind, content=content, file=file, bytes=path.stat().st_size, sha256=_sha256(path))
 
 
-def _by_key(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
-    pieces = () if tables.saved_elsewhere else tables.slices()
-    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in pieces}
+def _files(model_dir: Path, manifest: Manifest, content: str, kind: str | None = None) -> Iterator[Path]:
+    """Of this content; those of the base before those of what changed."""
+    parts = (part for part in manifest.parts if part.content == content and kind in (None, part.kind))
+    return (_place(model_dir, manifest, part) for part in parts)
 
 
-def _files(model_dir: Path, manifest: Manifest, content: str) -> Iterator[Path]:
-    folder = _folder(model_dir, manifest.version)
-    return (folder / part.file for part in manifest.parts if part.content == content)
+def _place(model_dir: Path, manifest: Manifest, part: Part) -> Path:
+    """Where a part lies; the version that holds it may have been set aside for another of its parts."""
+    if part.of is None:
+        return _folder(model_dir, manifest.version) / part.file
+    folder = _folder(model_dir, part.of)
+    aside = folder.with_name(f"{_name(part.of)}{CORRUPT}")
+    return (aside if not folder.is_dir() and aside.is_dir() else folder) / part.file
 
 
-def _verify(folder: Path, part: Part) -> None:
-    path = folder / part.file
+def _verify(model_dir: Path, manifest: Manifest, part: Part) -> None:
+    whose = "" if part.of is None else f" of {_name(part.of)}, which it builds on,"
+    what = f"checkpoint {_name(manifest.version)}: {part.file}{whose}"
+    path = _place(model_dir, manifest, part)
     if Path(part.file).name != part.file:
-        raise CorruptCheckpoint(f"checkpoint {folder.name}: part {part.file!r} is not a plain file name")
+        raise CorruptCheckpoint(f"checkpoint {_name(manifest.version)}: part {part.file!r} is not a plain file name")
     if not path.is_file():
-        raise CorruptCheckpoint(f"checkpoint {folder.name}: {part.file} is missing")
+        raise CorruptCheckpoint(f"{what} is missing")
     found = _sha256(path)
     if found != part.sha256:
-        raise CorruptCheckpoint(f"checkpoint {folder.name}: {part.file} has hash {found[:12]}, the manifest {part.sha256[:12]}")
+        raise CorruptCheckpoint(f"{what} has hash {found[:12]}, the manifest {part.sha256[:12]}")
 
 
 def _prune(folder: Path, keep: int) -> None:
-    for version in versions(folder.parent)[:-keep]:
-        shutil.rmtree(folder / _name(version))
-    for version in undone_versions(folder.parent)[:-keep]:
-        shutil.rmtree(folder / f"{_name(version)}{UNDONE}")
+    """All but the last `keep` go, and what those build on.
+
+    Where all of them build on the same base, the newest version that does not stays too: one file that breaks must not leave
+    nothing to go back to.
+    """
+    serving, undone = versions(folder.parent), undone_versions(folder.parent)
+    root = {number: _base_or_itself(folder.parent, number) for number in (*serving, *undone)}
+    stay = [*serving[-keep:], *undone[-keep:]]
+    others = [number for number in serving if root[number] != root[serving[-1]]] if serving else []
+    needed = {*stay, *others[-1:], *(_base_or_itself(folder.parent, number) for number in _numbers(folder.parent, UNPUBLISHED))}
+    needed |= {root[number] for number in (*stay, *others[-1:])}
+    for numbers, ending in ((serving, ""), (undone, UNDONE)):
+        for number in reversed(numbers):  # a base after what builds on it
+            if number not in needed:
+                shutil.rmtree(folder / f"{_name(number)}{ending}")
+
+
+def _base_or_itself(model_dir: Path, version: int) -> int:
+    """What a version builds on; itself where it is whole, or cannot be read."""
+    try:
+        return _manifest_in(_folder(model_dir, version)).base or version
+    except (OSError, ValueError):
+        return version
 
 
 def _numbers(model_dir: Path, ending: str) -> list[int]:

@@ -9,6 +9,7 @@ Letters: K keys, B rows of a batch, S the sum of the embedding lengths of all lo
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import ConfigError
-from models.embeddings import EmbeddingTables, SparseOptimizer
+from models.embeddings import EmbeddingTables, SparseOptimizer, Unfilled
 from pipeline.config import Sharding
 from pipeline.training.processes import Processes
 
@@ -70,7 +71,8 @@ def spread_tables(
         whole = make(torch.device("meta"))
         _require_room([_Need(name, size) for name, size in _bytes_of(whole, sparse_optimizer)], processes, device)
         torch.manual_seed(seed)
-        tables = make(device)
+        with nullcontext() if new else Unfilled():
+            tables = make(device)
         if processes.count > 1:
             tables.deep, tables.wide = _Copies(tables.deep, processes), _Copies(tables.wide, processes)
             tables.saved_elsewhere = not processes.is_first
@@ -86,7 +88,7 @@ def spread_tables(
     _require_room(list(_needs(plan, tables, processes.rank, sparse_optimizer)), processes, device)
     parallel = DistributedModelParallel(tables, device=device, plan=plan, sharders=[sharder], init_data_parallel=False)
     spread: EmbeddingTables = parallel.module
-    spread.device = device
+    spread.lie_on(device)
     torch.manual_seed(seed)
     if new:
         spread.draw()

@@ -13,7 +13,7 @@ import torch
 
 from data_schemas.errors import ConfigError
 from data_schemas.examples import I64
-from models.embeddings import EmbeddingTables
+from models.embeddings import EmbeddingTables, TableSlice
 from models.row_gradients import Lookups, RowGradients, row_gradients, step_rows
 from pipeline.config import TrainingConfig
 from pipeline.training.cowclip import clip_by_count
@@ -70,6 +70,13 @@ class SparseStep:
         """Those that are kept, by their names in a checkpoint."""
         both = {"row_gradient_average": self.gradient_average, "row_weight_average": self.weight_average}
         return {kind: average for kind, average in both.items() if average is not None}
+
+    def slices(self) -> Iterator[TableSlice]:
+        """Every rectangle of the averages, beside those of the tables; the live storage."""
+        for kind, of_rows in self.averages().items():
+            for name, tensor in of_rows.tensors().items():
+                matrix = tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
+                yield TableSlice(name=f"{kind}.{name}", row=0, column=0, tensor=matrix)
 
     def notes(self) -> tuple[str, ...]:
         """What was done to gradients, in words."""

@@ -4,6 +4,7 @@ Run as a script it is a server: it imports everything once, then forks a process
 input, so that a life is work and not imports, and a kill falls on work. One JSON object a line, in and out:
 
     {"do": "live", "folder": ..., "tracked": true, "kill_after": 0.7}  ->  {"ended": "killed", "stage": "learn", "seconds": 0.7}
+    {"do": "live", "folder": ..., "tracked": true, "kill_at": 12}      ->  {"ended": "killed", "stage": "publishing: 12, ...}
     {"do": "inspect", "folder": ..., "tracked": true}                 ->  {"ended": "done", ..., "result": {...}}
 
 Enters: a folder as `lay_out` makes it. Leaves: the same state folder, however often the process that makes it was killed.
@@ -14,6 +15,7 @@ import json
 import mmap
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -35,6 +37,7 @@ from pipeline.data.compaction import compact
 from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine, RowRange
+from pipeline.publishing import checkpoint
 from pipeline.publishing.checkpoint import current_version, head_version, load_cursor, read_manifest, versions
 from pipeline.publishing.report import read_history
 from pipeline.publishing.tracking import UPDATE_TAG, open_experiment, prepare_mlflow, quiet_mlflow
@@ -90,6 +93,7 @@ SETTINGS = (
     "evaluation.frozen_after_updates=1",
     "gate.action='enforce'",
     "gate.max_windows=2",
+    "delta_checkpoints_from_mib=0",
     "maintenance.compact_files=2",
     "maintenance.compact_after_hours=0",
     "maintenance.removed_files_hours=1.0",
@@ -126,6 +130,38 @@ def config_of(folder: Path, *, tracked: bool) -> UpdateConfig:
     """Settings under which an update is a function of its rows alone."""
     places = [f"dataset={folder / 'mortal.toml'}", f"landing={folder / 'landing'}", f"state_dir={folder / 'state'}"]
     return load_config(overrides=[*places, *SETTINGS, f"tracking.enabled={str(tracked).lower()}"])
+
+
+STEPS = ("_stage", "_write_tensors", "_write_arrays", "_sync_file", "write_durably", "_sync_folder", "point_to", "_prune")
+"""Of publishing a version, in `checkpoint.py`; beside them renames, and folders that are deleted."""
+
+
+def count_steps(kill_at: int, stage: Callable[[str], None]) -> Callable[[], int]:
+    """From here on this process kills itself right before or right after the step of publishing of that number; how many there
+    were."""
+    done = 0
+
+    def step(name: str) -> None:
+        nonlocal done
+        done += 1
+        if done == kill_at:
+            stage(f"publishing: {name}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def between(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def stepped(*args: Any, **more: Any) -> Any:
+            step(f"before {name}")
+            result = work(*args, **more)
+            step(f"after {name}")
+            return result
+
+        return stepped
+
+    for name in STEPS:
+        setattr(checkpoint, name, between(name, getattr(checkpoint, name)))
+    for owner, name in ((Path, "rename"), (shutil, "rmtree")):
+        setattr(owner, name, between(name, getattr(owner, name)))
+    return lambda: done
 
 
 def live(folder: Path, *, tracked: bool, stage: Callable[[str], None]) -> None:
@@ -205,7 +241,7 @@ def _checkpoints(config: UpdateConfig) -> dict[str, Any]:
     head = head_version(folder)
     for version in [*versions(folder), *([head] if head else [])]:
         manifest = read_manifest(folder, version)
-        told = manifest.model_dump(mode="json", exclude={"created", "log_id", "pending", "spec"})
+        told = manifest.model_dump(mode="json", exclude={"created", "digest", "log_id", "pending", "spec"})
         pending = [(piece.file.hour, piece.file.source, piece.num_rows) for piece in load_cursor(folder, manifest).pending]
         found[str(version)] = json.dumps([told, pending], sort_keys=True)
     frozen = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("frozen/*"))}
@@ -287,7 +323,9 @@ def _do(order: dict[str, Any], folder: Path, told: mmap.mmap, result: Path) -> N
     try:
         match order["do"]:
             case "live":
+                steps = count_steps(order["kill_at"], stage) if "kill_at" in order else lambda: 0
                 live(folder, tracked=order["tracked"], stage=stage)
+                stage(f"{steps()} steps")
             case "inspect":
                 result.write_text(json.dumps(inspect(folder, tracked=order["tracked"])))
             case "lay out":

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import pickle
+from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,7 +20,7 @@ from pipeline.config import UpdateConfig, load_config
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.synthetic import SyntheticConfig, write_landing
-from pipeline.publishing.checkpoint import current_version, head_version
+from pipeline.publishing.checkpoint import current_version, head_version, read_manifest
 from pipeline.publishing.tracking import prepare_mlflow, quiet_mlflow
 from pipeline.update import run_update
 
@@ -57,6 +60,7 @@ def _plant(folder: Path, name: str, content: bytes) -> None:
     for part in manifest["parts"]:
         if part["file"] == name:
             part["sha256"] = hashlib.sha256(content).hexdigest()
+    manifest["digest"] = ""
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -81,6 +85,37 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_the_version_before_goes_on(
     assert any("went back to the checkpoint before" in note for note in report.notes)
     assert report.window_start.hour == 1, "what the refused version had learned is learned again"
     assert not (tmp_path / "ran").exists()
+
+
+FLIPS = 60
+
+
+def test_no_flipped_bit_of_a_version_or_of_what_it_builds_on_is_learned(
+    config: UpdateConfig, tell: Callable[[str], None]
+) -> None:
+    """In every file that a restore reads: whole tables, what changed in them, all else, and the manifest itself."""
+    deltas = config.model_copy(update={"delta_checkpoints_from_mib": 0})
+    _learn(deltas, 2)
+    folder, rng, refused = config.model_dir / "checkpoints", np.random.default_rng(2), Counter[str]()
+    whole = read_manifest(config.model_dir, 2)
+    paths = [folder / f"v{part.of or 2:06d}" / part.file for part in whole.parts] + [folder / "v000002" / "manifest.json"]
+    assert whole.base == 1
+    for number in range(FLIPS):
+        path = paths[number % len(paths)]
+        with path.open("r+b") as file:
+            place, bit = int(rng.integers(path.stat().st_size)), 1 << int(rng.integers(8))
+            for _ in range(2):
+                file.seek(place)
+                (byte,) = file.read(1)
+                file.seek(place)
+                file.write(bytes([byte ^ bit]))
+                file.flush()
+                try:
+                    assert read_manifest(config.model_dir, 2) == whole
+                except CorruptCheckpoint:
+                    refused[path.name] += 1
+    tell(f"{FLIPS} flips in {len(paths)} files of a delta and its base: {refused.total()} refused, 0 silent")
+    assert refused.total() == FLIPS
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\xff" * 100])

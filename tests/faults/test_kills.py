@@ -75,6 +75,42 @@ def test_days_with_a_few_kills_end_as_one_without(machine: Any, tell: Callable[[
     _check(machine, tell, tracked=False, rows_per_hour=600, kills=6, a_day=3, seed=0)
 
 
+def _kill_at_steps(machine: Any, tell: Callable[[str], None], *, every: int) -> None:
+    """A step counts twice, right before and right after it."""
+    expected, _ = machine.first_day(tracked=False, rows_per_hour=300)
+    bases = [json.loads(told)[0]["base"] for told in expected["checkpoints"]["versions"].values()]
+    assert None in bases[1:]
+    assert any(bases), "a day has whole versions and deltas"
+    machine.new_day()
+    steps = int(machine.ask("live", tracked=False, kill_at=-1)["stage"].split()[0])
+    places, otherwise = Counter[str](), 0
+    for step in range(1 + every // 2, steps + 1, every):
+        machine.new_day()
+        answer = machine.ask("live", tracked=False, kill_at=step)
+        assert answer["ended"] == "killed"
+        places[answer["stage"].split()[-1]] += 1
+        machine.ask("live", tracked=False)
+        otherwise += machine.ask("inspect", tracked=False)["result"] != expected
+    found = ", ".join(f"{name} {count}" for name, count in places.most_common())
+    tell(
+        f"{places.total()} kills at {steps} steps of publishing whole versions and deltas, {otherwise} ended otherwise; {found}"
+    )
+    assert otherwise == 0
+
+
+def test_kills_at_some_steps_of_publishing_leave_the_version_before_or_the_new_one(
+    machine: Any, tell: Callable[[str], None]
+) -> None:
+    _kill_at_steps(machine, tell, every=73)
+
+
+@pytest.mark.slow
+def test_kills_between_all_steps_of_publishing_leave_the_version_before_or_the_new_one(
+    machine: Any, tell: Callable[[str], None]
+) -> None:
+    _kill_at_steps(machine, tell, every=2)
+
+
 @pytest.mark.slow
 def test_a_kill_while_mlflow_makes_its_database_leaves_none_or_a_whole_one(machine: Any, tell: Callable[[str], None]) -> None:
     machine.first_day(tracked=False, rows_per_hour=50)

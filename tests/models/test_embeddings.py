@@ -194,3 +194,39 @@ def test_a_missing_slice_is_named() -> None:
     saved = {piece.name: [piece] for piece in tables.slices() if piece.name != "deep.item.weight"}
     with pytest.raises(CorruptCheckpoint, match=r"deep\.item\.weight: 0 of 40 values"):
         tables.load_slices(saved)
+
+
+def test_rows_that_are_looked_up_to_be_learned_or_start_anew_count_as_changed_and_others_do_not() -> None:
+    tables = _tables()
+    with torch.no_grad():
+        tables(*_batch())
+    assert not any(len(changed.rows()) for changed in tables.changed.values())
+    tables(*_batch())
+    tables.start_rows({"user": np.array([10])}, like=3)
+    found = {name: changed.rows().tolist() for name, changed in tables.changed.items()}
+    assert found == {"user": [1, 3, 10], "item": [0, 2, 4], "tags": [2, 3]}, "a pool of a history looks its items up too"
+    tables.decay_accumulators(0.5)
+    assert tables.decays == [0.5]
+    tables.mark_saved()
+    assert not any(len(changed.rows()) for changed in tables.changed.values())
+    assert tables.decays == []
+
+
+@pytest.mark.parametrize("cuts", [(0, 11), (0, 4, 11), (0, 1, 2, 10, 11)])
+@pytest.mark.parametrize("columns", [(0, 4), (0, 1, 4)])
+def test_changed_rows_are_put_where_a_rectangle_holds_them(cuts: tuple[int, ...], columns: tuple[int, ...]) -> None:
+    """However the rectangles that were saved, or are filled, were cut by rows and columns."""
+    rows, values = np.array([0, 1, 4, 9, 10]), torch.arange(20.0).view(5, 4)
+    expected = torch.zeros(11, 4)
+    expected[torch.from_numpy(rows)] = values
+    found = torch.zeros(11, 4)
+    own = [
+        TableSlice(name="deep.user.weight", row=top, column=left, tensor=found[top:bottom, left:right])
+        for top, bottom in pairwise(cuts)
+        for left, right in pairwise(columns)
+    ]
+    for taken in ([0, 3], [1, 2, 4]):
+        for left, right in pairwise((0, 3, 4)):
+            for piece in own:
+                piece.put(rows[taken], left, values[taken, left:right])
+    assert torch.equal(found, expected)

@@ -142,6 +142,26 @@ def test_a_restored_index_goes_on_as_if_it_had_not_stopped() -> None:
             np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_what_changed_since_brings_a_copy_to_the_same_keys_and_marks_them_there(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = KeyIndex(300), KeyIndex(300)
+    one.find_or_add(rng.integers(1, 900, 150).astype(np.uint64), 0)
+    other.load(one.arrays())
+    one.mark_saved()
+    for hour in range(1, 6):
+        one.find_or_add(rng.integers(1, 900, int(rng.integers(0, 60))).astype(np.uint64), hour)
+        one.touch(one.find(rng.integers(1, 900, 5).astype(np.uint64)), hour + 1)
+        one.remove(one.unused_since(hour - 3)[: int(rng.integers(0, 40))])
+    changed = one.arrays(changed=True)
+    assert 0 < len(changed["slots"]) < len(one.arrays()["slots"])
+    assert len(changed["freed"])
+    other.load(changed)
+    for copy in ({}, {"changed": True}):
+        for name, array in one.arrays(**copy).items():
+            np.testing.assert_array_equal(other.arrays(**copy)[name], array)
+
+
 def test_an_index_of_another_capacity_is_refused_with_the_capacity() -> None:
     index = KeyIndex(300)
     index.find_or_add(as_keys(list(range(1, 100))), 0)

@@ -16,11 +16,14 @@ from pipeline.data.loader import to_examples
 from pipeline.data.synthetic import SyntheticConfig, SyntheticStream
 from pipeline.data.windows import Window
 from pipeline.model_state import admit_ids, restore_or_create, save
+from pipeline.publishing.checkpoint import read_manifest
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.processes import Processes
 
 SETTINGS = ["training.precision='fp32'", "training.batch_size=64", "training.micro_batch_size=16", "model.hidden=[8]"]
+SETTINGS += ["delta_checkpoints_from_mib=0"]
+"""The second of two hours is a delta."""
 
 
 def _spec() -> DatasetSpec:
@@ -37,13 +40,13 @@ def _spec() -> DatasetSpec:
     return spec.model_copy(update={"categorical": categorical})
 
 
-def _config(state_dir: Path) -> UpdateConfig:
-    return load_config(overrides=[f"state_dir={state_dir}", *SETTINGS])
+def _config(state_dir: Path, *settings: str) -> UpdateConfig:
+    return load_config(overrides=[f"state_dir={state_dir}", *SETTINGS, *settings])
 
 
-def learn_windows(state_dir: Path, hours: range) -> None:
+def learn_windows(state_dir: Path, hours: range, *settings: str) -> None:
     """Restores or creates the model, learns some hours, and saves after each."""
-    config, spec = _config(state_dir), _spec()
+    config, spec = _config(state_dir, *settings), _spec()
     for hour in hours:
         state = restore_or_create(config, spec, Processes.started())
         examples = _examples(spec, hour)
@@ -82,18 +85,35 @@ def test_two_processes_train_and_restore_like_one(tmp_path: Path, cut: str) -> N
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
+def test_what_two_processes_touched_is_one_delta_that_one_process_restores(tmp_path: Path) -> None:
+    """The second hour is a delta over the first, each process with its own rectangles and its own rows of the window."""
+    _together(tmp_path / "deltas", 0, 2)
+    _together(tmp_path / "whole", 0, 2, "delta_checkpoints_from_mib=1000000")
+    found = []
+    for name in ("deltas", "whole"):
+        config = _config(tmp_path / name)
+        manifest = read_manifest(config.model_dir, 2)
+        changed = [part.file for part in manifest.parts if part.kind == "delta"]
+        assert (manifest.base, len(changed)) == ((1, 3) if name == "deltas" else (None, 0))
+        found.append(_weights(tmp_path / name))
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
 def _weights(state_dir: Path) -> dict[str, torch.Tensor]:
     learner = restore_or_create(_config(state_dir), _spec(), Processes()).learner
     tables = {piece.name: piece.tensor.clone() for piece in learner.model.tables.slices()}
     return tables | {name: parameter.detach() for name, parameter in learner.parameters.items()}
 
 
-def _together(state_dir: Path, start: int, stop: int) -> None:
+def _together(state_dir: Path, start: int, stop: int, *settings: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", __file__, str(state_dir), str(start), str(stop)]
+    command += [f"--master_port={port}", __file__, str(state_dir), str(start), str(stop), *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -106,6 +126,6 @@ def _examples(spec: DatasetSpec, hour: int) -> Examples:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    learn_windows(Path(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3])))
+    learn_windows(Path(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3])), *sys.argv[4:])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,0 +1,88 @@
+"""Tables as files: whole, in files of a bounded size, or only the rows that changed.
+
+    whole:    name@row,column                 a rectangle of a table or of its optimizer's state, from that row and column on
+    changed:  name@row,column+height          the changed rows of that rectangle, `height` rows high
+              rows of table@row+height        which rows of the table those are
+
+Enters: rectangles as a process holds them. Leaves: what the files hold, and the rectangles filled again, one file at a time: a
+file is mapped, copied and let go, so that a restore needs the memory of the tables once.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from data_schemas.examples import I64
+from models.changed_rows import ChangedRows
+from models.embeddings import Filling, TableSlice
+
+FILE_BYTES = 256 << 20
+"""Of one file at most, unless a single row is larger."""
+
+_ROWS_OF = "rows of "
+
+
+def whole_files(slices: Iterable[TableSlice]) -> Iterator[dict[str, torch.Tensor]]:
+    """What each file holds, blocks of rows of the live storage; none where there is no slice."""
+    file: dict[str, torch.Tensor] = {}
+    size = 0
+    for piece in slices:
+        rows = max(FILE_BYTES // max(piece.tensor[:1].nbytes, 1), 1)
+        for start in range(0, len(piece.tensor), rows):
+            block = piece.tensor[start : start + rows]
+            if file and size + block.nbytes > FILE_BYTES:
+                yield file
+                file, size = {}, 0
+            file[f"{piece.name}@{piece.row + start},{piece.column}"] = block
+            size += block.nbytes
+    if file:
+        yield file
+
+
+def changed_file(slices: Iterable[TableSlice], changed: Mapping[str, I64]) -> dict[str, torch.Tensor]:
+    """Copies of the rows that changed, with their numbers.
+
+    Args:
+        slices: rectangles of a process.
+        changed: by table, the rows of all of it that changed, rising.
+    """
+    file: dict[str, torch.Tensor] = {}
+    for piece in slices:
+        rows, height = piece.rows_inside(changed[piece.table]), len(piece.tensor)
+        file[f"{_ROWS_OF}{piece.table}@{piece.row}+{height}"] = torch.from_numpy(rows)
+        own = torch.from_numpy(rows - piece.row).to(piece.tensor.device)
+        file[f"{piece.name}@{piece.row},{piece.column}+{height}"] = piece.tensor[own]
+    return file
+
+
+def read_whole(path: Path, *filling: Filling) -> None:
+    """Copies a file's rectangles into those that are being filled."""
+    for key, tensor in load_file(path).items():
+        name, _, place = key.rpartition("@")
+        row, column = (int(offset) for offset in place.split(","))
+        for each in filling:
+            each.take(TableSlice(name=name, row=row, column=column, tensor=tensor))
+
+
+def read_changed(path: Path, changed: Mapping[str, ChangedRows], *filling: Filling) -> None:
+    """Puts a file's rows over what was copied, and marks them as changed.
+
+    Args:
+        path: of what `changed_file` gave.
+        changed: marks by table.
+        filling: rectangles that are whole.
+    """
+    file = load_file(path)
+    for key, tensor in file.items():
+        name, _, place = key.rpartition("@")
+        if key.startswith(_ROWS_OF):
+            changed[name.removeprefix(_ROWS_OF)].add(tensor)
+            continue
+        corner, _, height = place.partition("+")
+        row, column = corner.split(",")
+        table = TableSlice(name=name, row=int(row), column=0, tensor=tensor).table
+        rows: I64 = file[f"{_ROWS_OF}{table}@{row}+{height}"].numpy()
+        for each in filling:
+            each.put(name, rows, int(column), tensor)
