@@ -23,6 +23,7 @@ from pipeline.data.lake import ClickLog
 from pipeline.data.lineage import without
 from pipeline.data.negatives import require_sampler
 from pipeline.data.normalise import RunningMoments
+from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.window_rows import WindowRows, load_rows
 from pipeline.data.windows import Window, next_window
 from pipeline.describe import as_rejected, describe, describe_suspicious, one_line, with_steadiness
@@ -70,10 +71,12 @@ def run_update(
     clock: Clock = time.monotonic,
     now: datetime | None = None,
     progress: Progress = lambda done, rows: None,
+    read_ahead: ReadAhead | None = None,
 ) -> UpdateReport | None:
     """Learns the next closed window and publishes the model; None where no window waits.
 
-    The model before stays current until the new one is written whole, and the rows stay waiting until then.
+    The model before stays current until the new one is written whole, and the rows stay waiting until then. Files that
+    `read_ahead` has are not read again.
 
     Raises:
         UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
@@ -89,6 +92,7 @@ def run_update(
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
         if window is None:
             return None
+        click_log.read_ahead = read_ahead
         deadline = _deadline(config, stages, history)
         rows = stages.run("load", lambda: load_rows(click_log, window, state, spec, config))
         seen = stages.run("check the data", lambda: _check(state, rows, window, config, spec, history))
