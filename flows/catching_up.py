@@ -4,6 +4,7 @@ Enters: an `UpdateConfig`. Leaves: the report of every update, each as a Prefect
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Literal, TypeVar
@@ -13,9 +14,10 @@ import pyarrow as pa
 from data_schemas.dataset import load_spec
 from flows.alerts import failures_told, tell_of
 from flows.artifacts import publish_report
+from flows.cluster import run_spread
 from flows.history import reports_of
 from flows.stages import run_as_task
-from flows.terminal import Advance, progress, tell
+from flows.terminal import Advance, leads, progress, tell
 from pipeline.config import UpdateConfig
 from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
@@ -26,6 +28,7 @@ from pipeline.data.windows import as_hour, as_time
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.publishing.checkpoint import current_version, learned_until
 from pipeline.publishing.report import verdict
+from pipeline.ranks import Update, on_processes
 from pipeline.update import run_update
 
 T = TypeVar("T")
@@ -50,9 +53,13 @@ def catch_up(
     Raises:
         TidemarkError: what went wrong and the way out; every update before it stays published.
     """
-    with failures_told(config, tell):
+
+    def work(update: Update) -> list[UpdateReport]:
         ingest_new(config, tell=tell)
-        return learn_waiting(config, until=until, register=register, tell=tell)
+        return learn_waiting(config, until=until, register=register, tell=tell, update=update)
+
+    with failures_told(config, tell) if leads() else nullcontext():
+        return on_processes(config, work) or []
 
 
 def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
@@ -61,15 +68,17 @@ def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
     log = ClickLog.open_or_create(config.log_path, spec)
     quarantine = Quarantine.open_or_create(config.quarantine_path)
     with progress("ingesting files", total=None) as advance:
-        report = run_as_task(
+        report = run_spread(
             "ingest",
-            lambda: ingest_landing(
+            config.cluster,
+            lambda spread: ingest_landing(
                 config.landing,
                 log,
                 quarantine,
                 spec,
                 now=datetime.now(UTC),
                 progress=lambda done, files: advance("", done, files),
+                spread=spread,
             ),
         )
     for line in report.lines():
@@ -77,7 +86,12 @@ def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
 
 
 def learn_waiting(
-    config: UpdateConfig, *, until: datetime | None = None, register: Register = "each", tell: Tell = tell
+    config: UpdateConfig,
+    *,
+    until: datetime | None = None,
+    register: Register = "each",
+    tell: Tell = tell,
+    update: Update = run_update,
 ) -> list[UpdateReport]:
     """Learn every closed window that waits, in order, and tell a sentence about each."""
     reports: list[UpdateReport] = []
@@ -88,7 +102,7 @@ def learn_waiting(
             waiting = len(windows)
             advance("", len(reports), len(reports) + waiting)
             registers = register == "each" or (register == "last" and waiting <= 1)
-            report = _update(config, now, advance, registers=registers, read_ahead=read_ahead, coming=windows[1:2])
+            report = _update(update, config, now, advance, registers=registers, read_ahead=read_ahead, coming=windows[1:2])
             if report is None:
                 break
             reports.append(report)
@@ -116,6 +130,7 @@ def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
 
 
 def _update(
+    update: Update,
     config: UpdateConfig,
     now: datetime,
     advance: Advance,
@@ -135,7 +150,7 @@ def _update(
 
     if not registers:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"register_model": False})})
-    return run_update(
+    return update(
         config,
         stage=stage,
         now=now,

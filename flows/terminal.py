@@ -6,6 +6,7 @@ process is at work.
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import cyclopts
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_schemas.errors import TidemarkError
+from data_schemas.errors import StoppedByFirst, TidemarkError
 from flows.early_server import server_starting
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
 def run_flow(flow: "Flow[..., Any]", words: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
 
-    The module that the flow's file names as `IMPORTED_LATER` is imported while Prefect's temporary server starts.
+    The module that the flow's file names as `IMPORTED_LATER` is imported while Prefect's temporary server starts. Among
+    processes that torchrun has started only the first is a flow run; the others call the same function.
 
     Returns:
         The exit code: 0, or that of an error that a user can act on: 1, or 75 where another process holds the model. Any
         other exception passes through.
     """
+    if not leads():
+        return run_command(flow.fn, flow.fn, words, name=program or flow.name)
 
     def call(*args: Any, **kwargs: Any) -> None:
         if later := flow.fn.__globals__.get("IMPORTED_LATER"):
@@ -39,6 +43,11 @@ def run_flow(flow: "Flow[..., Any]", words: Sequence[str] | None = None, *, prog
         flow(*args, **kwargs)
 
     return run_command(call, flow.fn, words, name=program or flow.name)
+
+
+def leads() -> bool:
+    """Whether this process is the first that torchrun has started, or the only one: the others are silent."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def run_command(
@@ -58,6 +67,8 @@ def run_command(
     try:
         _, bound, _ = app.parse_args(_named(arguments), exit_on_error=False, print_error=False)
         command(*bound.args, **bound.kwargs)
+    except StoppedByFirst:
+        return 1
     except (TidemarkError, cyclopts.CycloptsError) as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {_line(error, app)}", markup=False)
         return error.exit_code if isinstance(error, TidemarkError) else 1

@@ -326,6 +326,32 @@ class ClickLog(_DeltaLog):
         """
         return HourFiles(self._root, self._schema, source)
 
+    def write_again(self, files: Sequence[LogFile], keep_R: npt.NDArray[np.bool_], source: str) -> list[LogFile]:
+        """Puts files with some of their rows into the place of files that are in no log yet, and removes those.
+
+        Args:
+            files: of one hour, as `HourFiles.close` returned them.
+            keep_R: which rows of `files`, one file after the other.
+            source: as of `write`.
+
+        Raises:
+            DataError: the disk is full, or a file is gone; `files` are then as they were.
+        """
+        kept, start = self.write(source), 0
+        try:
+            for file in files:
+                for rows in self._row_groups(file):
+                    keep = pa.array(keep_R[start : start + rows.num_rows])
+                    start += rows.num_rows
+                    kept.add(file.hour, rows.filter(keep))
+            again = kept.close()
+        except BaseException:
+            kept.discard()
+            raise
+        for file in files:
+            (self._root / file.path).unlink(missing_ok=True)
+        return again
+
     @property
     def newest_hour(self) -> int | None:
         """The latest hour that has rows, since 1970-01-01T00Z; None for an empty log."""
@@ -363,6 +389,11 @@ class ClickLog(_DeltaLog):
     def _taken_ahead(self, wanted: RowRange, columns: Sequence[str]) -> pa.Table | None:
         table = self.read_ahead.take(self._root / wanted.file.path, columns) if self.read_ahead else None
         return None if table is None else table.slice(wanted.start, wanted.num_rows)
+
+    def _row_groups(self, file: LogFile) -> Iterator[pa.Table]:
+        with _blaming_storage(self._root / file.path), pq.ParquetFile(self._root / file.path) as stored:
+            for group in range(stored.num_row_groups):
+                yield stored.read_row_group(group).cast(self._schema)
 
     def _read_range(self, wanted: RowRange, columns: list[str], encoded: list[str]) -> pa.Table:
         path = self._root / wanted.file.path

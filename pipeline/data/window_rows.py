@@ -200,7 +200,8 @@ def _trailing_rows(click_log: ClickLog, window: Window, spec: DatasetSpec, trail
 
 def _scores(state: ModelState, encoded: EncodedWindow) -> F32:
     learner = state.learner
-    return probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
+    weights = learner.dense_weights(averaged=True)
+    return probabilities(learner.model, weights, encoded, device=learner.device, processes=learner.processes)
 
 
 def _raw_sample(table: pa.Table) -> pd.DataFrame:
