@@ -108,9 +108,10 @@ class TestWithAServer:
             return made.pop(0) if made else None
 
         made = in_a_flow(lambda: catch_up(config, tell=lambda line: None))
-        monkeypatch.setattr("flows.catching_up.run_update", record)
         monkeypatch.setattr("flows.catching_up.waiting_windows", lambda config, now: waiting.pop(0))
-        in_a_flow(lambda: learn_waiting(config, register=register, tell=lambda line: None))  # type: ignore[arg-type]
+        in_a_flow(
+            lambda: learn_waiting(config, register=register, tell=lambda line: None, update=record)  # type: ignore[arg-type]
+        )
         assert asked[:3] == expected
 
     def test_the_registry_follows_what_serves_where_the_last_update_did_not_publish(
