@@ -6,7 +6,10 @@ Enters: an `UpdateConfig`. Leaves: the report of every update, each as a Prefect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Literal, TypeVar
+
+import pyarrow as pa
 
 from data_schemas.dataset import load_spec
 from flows.alerts import failures_told, tell_of
@@ -18,8 +21,10 @@ from flows.terminal import Advance, leads, progress, tell
 from pipeline.config import UpdateConfig
 from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
-from pipeline.data.lake import ClickLog, Quarantine
-from pipeline.data.windows import as_time
+from pipeline.data.lake import ClickLog, Quarantine, RowRange
+from pipeline.data.loader import columns_to_read
+from pipeline.data.read_ahead import Key, ReadAhead
+from pipeline.data.windows import as_hour, as_time
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.publishing.checkpoint import current_version, learned_until
 from pipeline.publishing.report import verdict
@@ -90,13 +95,14 @@ def learn_waiting(
 ) -> list[UpdateReport]:
     """Learn every closed window that waits, in order, and tell a sentence about each."""
     reports: list[UpdateReport] = []
-    with progress(f"learning {config.model_name}", total=None) as advance:
+    with progress(f"learning {config.model_name}", total=None) as advance, ReadAhead() as read_ahead:
         while True:
             now = until or datetime.now(UTC)
-            waiting = len(waiting_windows(config, now))
+            windows = waiting_windows(config, now)
+            waiting = len(windows)
             advance("", len(reports), len(reports) + waiting)
             registers = register == "each" or (register == "last" and waiting <= 1)
-            report = _update(update, config, now, advance, registers=registers)
+            report = _update(update, config, now, advance, registers=registers, read_ahead=read_ahead, coming=windows[1:2])
             if report is None:
                 break
             reports.append(report)
@@ -123,14 +129,48 @@ def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
     return sorted(start for start in starts if start + length <= now)
 
 
-def _update(update: Update, config: UpdateConfig, now: datetime, advance: Advance, *, registers: bool) -> UpdateReport | None:
+def _update(
+    update: Update,
+    config: UpdateConfig,
+    now: datetime,
+    advance: Advance,
+    *,
+    registers: bool,
+    read_ahead: ReadAhead,
+    coming: Sequence[datetime],
+) -> UpdateReport | None:
+    """One update; once its own window is loaded, the files of the `coming` one are read."""
+
     def stage(name: str, work: Callable[[], T]) -> T:
         advance(name)
-        return run_as_task(name, work)
+        done = run_as_task(name, work)
+        if name == "load":
+            read_ahead.expect(_reads(config, coming))
+        return done
 
     if not registers:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"register_model": False})})
-    return update(config, stage=stage, now=now, progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"))
+    return update(
+        config,
+        stage=stage,
+        now=now,
+        progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"),
+        read_ahead=read_ahead,
+    )
+
+
+def _reads(config: UpdateConfig, windows: Sequence[datetime]) -> dict[Key, Callable[[], pa.Table]]:
+    """What loading these windows reads, but for rows that came late or wait: those are few."""
+    spec = load_spec(config.dataset)
+    log, columns = ClickLog.open_or_create(config.log_path, spec), columns_to_read(spec)
+    if spec.clicks is not None:
+        columns += ["is_click", "event_key"]
+    hours = {as_hour(start) + after for start in windows for after in range(config.window.hours)}
+    return {
+        (log.root / file.path, tuple(columns)): partial(log.read, [RowRange(file=file, start=0, stop=file.num_rows)], columns)
+        for file in log.files()
+        if file.hour in hours
+    }
 
 
 def _register_serving(config: UpdateConfig) -> tuple[str, ...]:

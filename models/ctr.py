@@ -16,6 +16,7 @@ from models.dcn import DcnHead
 from models.deepfm import DeepFmHead
 from models.dlrm import DlrmHead
 from models.embeddings import EmbeddingTables, Pooled, SparseOptimizer
+from models.narrow_tables import NarrowTables
 from models.tables import TableLayout
 
 
@@ -98,6 +99,15 @@ class CtrModel(nn.Module):
         deep_BS = self.layout.with_history(pooled.deep_BS, batch.history_row_B)
         logits_B: torch.Tensor = self.net(deep_BS, pooled.wide_BW, batch.dense_BN)
         return logits_B
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model whose tables are narrow, and which predicts only."""
+
+    tables: NarrowTables
+    net: DenseNet
+    layout: TableLayout
 
 
 def build_model(

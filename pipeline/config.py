@@ -32,6 +32,7 @@ from sampling.strata import Allocation, StratifyBy
 from sampling.thinning import Correction, Method
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TablePrecision = Literal["fp32", "fp16", "int8"]
 ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
 BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
 RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
@@ -389,6 +390,15 @@ class GateConfig(_Part):
         return Limits(**own, copc_bounds=(self.min_copc, self.max_copc))
 
 
+class ServingConfig(_Part):
+    """The model that is registered."""
+
+    table_precision: TablePrecision = "fp32"
+    """Of its tables, in the file and in memory: `fp16` halves them; `int8` makes embeddings about a third, with a scale and a
+    bias for each row, and moves probabilities a little (docs/performance.md). The checkpoint, and what the gate judges, stay
+    fp32."""
+
+
 class TrackingConfig(_Part):
     """MLflow."""
 
@@ -511,6 +521,7 @@ class UpdateConfig(BaseSettings):
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     gate: GateConfig = GateConfig()
+    serving: ServingConfig = ServingConfig()
     tracking: TrackingConfig = TrackingConfig()
     alerts: AlertsConfig = AlertsConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()

@@ -78,6 +78,7 @@ def describe(
         fixed_seconds=learned.step_time.fixed_seconds if learned.step_time else None,
         row_seconds=learned.step_time.row_seconds if learned.step_time else None,
         noise_scale=saved.learner.noise_scale.last,
+        waiting_share=learned.waiting_share,
     )
 
 

@@ -123,6 +123,8 @@ class UpdateReport:
     row_seconds: float | None = None
     noise_scale: float | None = None
     """Of the dense gradients, in rows; None if not measured."""
+    waiting_share: float | None = None
+    """Share of the pass over the window that the learner waited for its batches; None where nothing was learned."""
 
     @property
     def total_seconds(self) -> float:

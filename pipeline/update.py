@@ -27,6 +27,7 @@ from pipeline.data.lake import ClickLog
 from pipeline.data.lineage import without
 from pipeline.data.negatives import require_sampler
 from pipeline.data.normalise import RunningMoments
+from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.window_rows import WindowRows, load_rows
 from pipeline.data.windows import Window, next_window
 from pipeline.describe import as_rejected, describe, describe_suspicious, one_line, with_steadiness
@@ -76,6 +77,7 @@ def run_update(
     now: datetime | None = None,
     progress: Progress = lambda done, rows: None,
     spent_seconds: float = 0.0,
+    read_ahead: ReadAhead | None = None,
 ) -> UpdateReport | None:
     """Learns the next closed window and publishes the model; None where no window waits, and in all processes but the first.
 
@@ -88,6 +90,7 @@ def run_update(
         now: no later window is closed; None: the wall clock. Only the first process is asked.
         progress: called after each step.
         spent_seconds: of the budget, by an attempt before this one.
+        read_ahead: files that it has are not read again.
 
     Raises:
         UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
@@ -107,6 +110,7 @@ def run_update(
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
         if window is None:
             return None
+        click_log.read_ahead = read_ahead
         deadline = _deadline(config, stages, history, spent_seconds)
         rows = stages.run("load", lambda: load_rows(click_log, window, state, spec, config))
         seen = stages.run(

@@ -369,9 +369,9 @@ def _one_id_each(rows_KB: I64, keys: Sequence[str]) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=list(keys),
         values=torch.from_numpy(rows_KB.reshape(-1)),
-        weights=torch.ones(rows_KB.size),
-        lengths=torch.ones(rows_KB.size, dtype=torch.int32),
-        offsets=torch.arange(rows_KB.size + 1),
+        weights=torch.from_numpy(np.ones(rows_KB.size, np.float32)),  # torch's own would start threads beside the learner's
+        lengths=torch.from_numpy(np.ones(rows_KB.size, np.int32)),
+        offsets=torch.from_numpy(np.arange(rows_KB.size + 1)),
         stride=rows_KB.shape[1],
     )
 

@@ -35,6 +35,7 @@ from deltalake.transaction import AddAction, RemoveAction, Transaction
 from data_schemas.click_log import PARTITION_COLUMNS, RejectedRow, click_log_schema
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CommitConflict, DataError, SpecError
+from pipeline.data.read_ahead import ReadAhead
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -214,6 +215,8 @@ class ClickLog(_DeltaLog):
     def __init__(self, table: DeltaTable, root: Path, schema: pa.Schema) -> None:
         super().__init__(table, root, PARTITION_COLUMNS)
         self._schema = schema
+        self.read_ahead: ReadAhead | None = None
+        """Asked for a file before it is read."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -376,8 +379,16 @@ class ClickLog(_DeltaLog):
             DataError: a file is missing or corrupt; it is named.
         """
         encoded = [name for name in columns if pa.types.is_string(self._schema.field(name).type)]
-        parts = [self._read_range(range_, list(columns), encoded) for range_ in ranges]
+        ahead = [self._taken_ahead(range_, columns) for range_ in ranges]
+        parts = [
+            self._read_range(range_, list(columns), encoded) if table is None else table
+            for range_, table in zip(ranges, ahead, strict=True)
+        ]
         return pa.concat_tables(parts) if parts else self._empty(columns)
+
+    def _taken_ahead(self, wanted: RowRange, columns: Sequence[str]) -> pa.Table | None:
+        table = self.read_ahead.take(self._root / wanted.file.path, columns) if self.read_ahead else None
+        return None if table is None else table.slice(wanted.start, wanted.num_rows)
 
     def _read_row_groups(self, file: LogFile) -> Iterator[pa.Table]:
         path = self._root / file.path

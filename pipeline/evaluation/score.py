@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data_schemas.examples import F32, I64
-from models.ctr import CtrModel
+from models.ctr import CtrModel, ServedModel
 from models.embeddings import Pooled
 from pipeline.data.encode import EncodedWindow
 from pipeline.training.processes import Processes
@@ -20,7 +20,7 @@ ALONE = Processes()
 
 @torch.no_grad()
 def probabilities(
-    model: CtrModel,
+    model: CtrModel | ServedModel,
     dense_weights: Mapping[str, torch.Tensor],
     window: EncodedWindow,
     rows: I64 | None = None,

@@ -1,6 +1,6 @@
 """The model as it serves: raw ids and raw numbers in, probabilities out, equal to training's own.
 
-<folder>/predictor.json        spec, architecture, running moments
+<folder>/predictor.json        spec, architecture, running moments, precision of the tables
         /weights.safetensors   tables and dense weights (averaged, where an average is kept)
 """
 
@@ -19,14 +19,15 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from data_schemas.dataset import Categorical, DatasetSpec
-from data_schemas.errors import DataError
+from data_schemas.errors import CorruptCheckpoint, DataError
 from data_schemas.examples import F32, Examples
-from models.ctr import CtrModel, build_model
+from models.ctr import CtrModel, DenseNet, ServedModel, build_model
 from models.embeddings import TableSlice
 from models.id_table import IdTables
 from models.memory import Memory
+from models.narrow_tables import NarrowTables, narrowed
 from models.tables import table_layout
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, TablePrecision
 from pipeline.data.encode import encode, num_dense_columns
 from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
@@ -45,6 +46,7 @@ class _Description(BaseModel):
     spec: DatasetSpec
     model: ModelConfig
     moments: Moments
+    table_precision: TablePrecision = "fp32"
 
 
 class Predictor:
@@ -52,7 +54,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: CtrModel,
+        model: CtrModel | ServedModel,
         dense_weights: Mapping[str, torch.Tensor],
         spec: DatasetSpec,
         moments: RunningMoments,
@@ -89,20 +91,32 @@ class Predictor:
         return scored_R
 
 
-def export_predictor(state: ModelState, spec: DatasetSpec, model: ModelConfig, folder: Path) -> None:
-    """Writes what serving needs, and no optimizer state, into `folder`, which must not exist yet."""
+def export_predictor(
+    state: ModelState, spec: DatasetSpec, model: ModelConfig, folder: Path, *, table_precision: TablePrecision = "fp32"
+) -> None:
+    """Writes what serving needs, and no optimizer state, into `folder`, which must not exist yet; tables in
+    `table_precision`, wide weights in 16 bits at least."""
     folder.mkdir(parents=True)
     moments = Moments.of(state.moments)
     assert moments is not None, "a model that learned nothing is not published"
-    description = _Description(spec=spec, model=model, moments=moments)
+    description = _Description(spec=spec, model=model, moments=moments, table_precision=table_precision)
     (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1))
     learner = state.learner
     with learner.averaged() as dense_weights:
         tensors = {f"dense.{name}": tensor for name, tensor in dense_weights.items()}
-        tensors |= {f"tables.{piece.name}": piece.tensor for piece in learner.model.tables.slices(with_optimizer=False)}
+        for piece in learner.model.tables.slices(with_optimizer=False):
+            tensors |= {f"tables.{name}": tensor for name, tensor in _as_served(piece, table_precision).items()}
         with writing(folder):
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
             save_arrays(state.memory.arrays() | state.ids.arrays(), folder / MEMORY)
+
+
+def _as_served(piece: TableSlice, precision: TablePrecision) -> dict[str, torch.Tensor]:
+    if precision == "fp32":
+        return {piece.name: piece.tensor}
+    table = piece.name.removesuffix(".weight")
+    narrow = narrowed(piece.tensor, "fp16" if piece.name.startswith("wide.") else precision)
+    return {f"{table}.{name}": tensor for name, tensor in narrow.items()}
 
 
 def predictor_of(state: ModelState, spec: DatasetSpec) -> Predictor:
@@ -131,24 +145,39 @@ def _load_predictor(folder: Path) -> Predictor:
     spec = description.spec
     device = default_device()
     tensors = load_file(folder / WEIGHTS)
+    tables = {name.removeprefix("tables."): tensor for name, tensor in tensors.items() if name.startswith("tables.")}
+    dense = {name.removeprefix("dense."): tensor.to(device) for name, tensor in tensors.items() if name.startswith("dense.")}
+    model = _model_of(description, tables, gated=GATE in dense, device=device)
+    memory, ids, kept = Memory(spec), IdTables(spec), load_arrays(folder / MEMORY)
+    memory.load(kept)
+    ids.load(kept)
+    return Predictor(model, dense, spec, description.moments.running(), memory, ids)
+
+
+def _model_of(
+    description: _Description, tables: Mapping[str, torch.Tensor], *, gated: bool, device: torch.device
+) -> CtrModel | ServedModel:
+    """The network, without weights, over the tables as they were saved."""
+    spec, kind = description.spec, architecture(description.model, gated=gated)
+    layout, num_dense = table_layout(spec), num_dense_columns(spec)
+    if description.table_precision != "fp32":
+        narrow = NarrowTables(layout, tables, precision=description.table_precision, device=device)
+        return ServedModel(tables=narrow, net=DenseNet(kind, layout, num_dense).to(device), layout=layout)
+    if wrong := [name for name, tensor in tables.items() if tensor.dtype != torch.float32]:
+        raise CorruptCheckpoint(f"tables in fp32 must hold float32: {wrong[0]} holds {tables[wrong[0]].dtype}")
     model = build_model(
-        architecture(description.model, gated=f"dense.{GATE}" in tensors),
-        table_layout(spec),
-        num_dense=num_dense_columns(spec),
+        kind,
+        layout,
+        num_dense=num_dense,
         sparse_optimizer="rowwise_adagrad",
         sparse_learning_rate=1.0,
         wide_learning_rate=1.0,
         device=device,
         seed=0,
     )
-    tables = {name.removeprefix("tables."): tensor for name, tensor in tensors.items() if name.startswith("tables.")}
     slices = {name: [TableSlice(name=name, row=0, column=0, tensor=tensor)] for name, tensor in tables.items()}
     model.tables.load_slices(slices, with_optimizer=False)
-    dense = {name.removeprefix("dense."): tensor.to(device) for name, tensor in tensors.items() if name.startswith("dense.")}
-    memory, ids, kept = Memory(spec), IdTables(spec), load_arrays(folder / MEMORY)
-    memory.load(kept)
-    ids.load(kept)
-    return Predictor(model, dense, spec, description.moments.running(), memory, ids)
+    return model
 
 
 def _as_click_log(frame: pd.DataFrame, spec: DatasetSpec) -> pa.Table:

@@ -69,7 +69,7 @@ def publish_update(
         return (*notes, *_without_forgotten_challenger(config, report, reached=True))
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        export_predictor(saved, spec, config.model, folder)
+        export_predictor(saved, spec, config.model, folder, table_precision=config.serving.table_precision)
         try:
             register_model(config, report, folder, example, example_probabilities)
         except TrackingUnavailable as error:
@@ -100,7 +100,7 @@ def register_serving(config: UpdateConfig, spec: DatasetSpec, report: UpdateRepo
             probabilities = predictor_of(saved, spec).predict_examples(examples)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
-            export_predictor(saved, spec, config.model, folder)
+            export_predictor(saved, spec, config.model, folder, table_precision=config.serving.table_precision)
             register_model(config, report, folder, frame, probabilities)
     except (TidemarkError, OSError) as error:
         log.warning("version %d was not registered: %s", report.version, error)

@@ -6,6 +6,7 @@ version; or an error, and the champion stays who it was.
 """
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from data_schemas.errors import CheckpointError, TidemarkError, TrackingUnavailable
-from pipeline.config import UpdateConfig
+from pipeline.config import TablePrecision, UpdateConfig
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import verdict
 from pipeline.publishing.tracking import UPDATE_TAG, find_run, open_experiment, quiet_mlflow, update_id
@@ -42,7 +43,8 @@ _SERVED_WITH = (
     "safetensors",
 )
 _MODEL_TAG = "tidemark.logged_model"  # MLflow's own link needs its global tracking URI, and is not read back
-_TOLERANCE = 1e-5  # of a probability: batches of another size add up in another order
+_TOLERANCE: Mapping[TablePrecision, float] = {"fp32": 1e-5, "fp16": 1e-3, "int8": 2e-2}
+"""Of a probability: batches of another size add up in another order, and narrow embeddings are rounded."""
 
 
 def register_model(
@@ -65,7 +67,8 @@ def register_model(
         The version, such as `"12"`.
 
     Raises:
-        CheckpointError: the logged model answers the example otherwise than training did; nothing was registered.
+        CheckpointError: the logged model answers the example otherwise than training did, by more than tables of its precision
+            may; nothing was registered.
         TrackingUnavailable: the registry cannot be reached or written; whoever was champion stays so.
     """
     try:
@@ -169,7 +172,7 @@ def _register(
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         _save(folder, logged, run_id, predictor_folder, example)
-        _check_served(folder, example, example_probabilities)
+        _check_served(folder, example, example_probabilities, config.serving.table_precision)
         client.log_model_artifacts(logged.model_id, str(folder))
     _finish(client, logged, run_id)
     return _promote(client, f"{report.dataset}-{report.model_name}", logged, report, config.tracking.keep_models)
@@ -215,17 +218,20 @@ def _requirements() -> list[str]:
     return installed
 
 
-def _check_served(folder: Path, example: pd.DataFrame, expected_R: npt.NDArray[np.float32]) -> None:
+def _check_served(folder: Path, example: pd.DataFrame, expected_R: npt.NDArray[np.float32], precision: TablePrecision) -> None:
     import mlflow
 
     served_R = np.asarray(mlflow.pyfunc.load_model(str(folder)).predict(example))
     if served_R.shape != np.shape(expected_R):
         raise CheckpointError(f"the model answers {served_R.shape} for an example of {np.shape(expected_R)}; not registered")
     difference = float(np.max(np.abs(served_R - expected_R), initial=0.0))
-    if not difference <= _TOLERANCE:
+    if not difference <= _TOLERANCE[precision]:
+        way_out = "Compare the predictor's folder with the checkpoint"
+        way_out += "" if precision == "fp32" else ", or set serving.table_precision = 'fp32'"
         raise CheckpointError(
-            f"the logged model's probabilities differ from training's by up to {difference:.2g} on the example rows; "
-            f"it was not registered, and the champion stays. Compare the predictor's folder with the checkpoint"
+            f"the logged model's probabilities differ from training's by up to {difference:.2g} on the example rows, "
+            f"{_TOLERANCE[precision]:.2g} is allowed with tables in {precision}; it was not registered, and the champion "
+            f"stays. {way_out}"
         )
 
 

@@ -317,7 +317,7 @@ def _budget(report: UpdateReport) -> str:
 
 
 def _step(report: UpdateReport) -> str:
-    """What was measured of the steps, in words; empty where no setting needs it."""
+    """What was measured of the steps, in words."""
     said = []
     if report.fixed_seconds is not None and report.row_seconds is not None:
         said.append(
@@ -325,6 +325,8 @@ def _step(report: UpdateReport) -> str:
         )
     if report.noise_scale is not None:
         said.append(f"Gradient noise scale of the dense network: {report.noise_scale:,.0f} rows.")
+    if report.waiting_share is not None:
+        said.append(f"The learner waited for its batches for {report.waiting_share:.1%} of the pass.")
     return " ".join(said)
 
 

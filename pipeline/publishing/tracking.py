@@ -393,9 +393,9 @@ def _gate_values(verdict: GateVerdict | None) -> dict[str, float]:
 
 
 def _step_values(report: UpdateReport) -> dict[str, float]:
-    """What was measured of the steps; nothing where no setting needs it."""
+    """What was measured of the steps; of their time and the noise scale only where a setting needs it."""
     measured = {"step/fixed_seconds": report.fixed_seconds, "step/row_seconds": report.row_seconds}
-    measured["noise_scale"] = report.noise_scale
+    measured |= {"noise_scale": report.noise_scale, "step/waiting_share": report.waiting_share}
     return {name: value for name, value in measured.items() if value is not None}
 
 

@@ -4,6 +4,7 @@ Enters: an encoded window and a learner. Leaves: the learner changed in place, a
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,11 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from data_schemas.examples import I64
 from pipeline.data.encode import EncodedWindow
 from pipeline.outcome import LossPoint, PlanRecord
+from pipeline.training.ahead import ChunkRows, CutAhead
 from pipeline.training.batch_size import BatchPolicy, Decision
 from pipeline.training.budget import Deadline
-from pipeline.training.learner import Chunk, Learner, StepResult
+from pipeline.training.learner import Learner, StepResult
 from pipeline.training.probes import Probed, Probes
 from pipeline.training.processes import Processes
 from pipeline.training.step_time import StepTime
@@ -60,6 +63,17 @@ class Learned:
 
     step_time: StepTime | None = None
     """As fitted in the pass; None where the policy fits none."""
+    seconds: float = 0.0
+    """Of the pass, by the clock on the wall."""
+    waiting_seconds: float = 0.0
+    """Of these, waiting for batches to be cut."""
+    thrown_away: int = 0
+    """Chunks that were cut ahead for a plan that came out otherwise, and were cut anew."""
+
+    @property
+    def waiting_share(self) -> float | None:
+        """Of the pass; None where nothing was learned."""
+        return self.waiting_seconds / self.seconds if self.seconds > 0 and self.steps else None
 
     @property
     def thinned_rows(self) -> int:
@@ -104,6 +118,7 @@ def learn(
     kept_R: npt.NDArray[np.bool_] | None = None,
     probe_rows: int = 0,
     mean_weight: float | None = None,
+    ahead: bool = True,
 ) -> Learned:
     """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached.
 
@@ -118,7 +133,9 @@ def learn(
         kept_R: only these rows are learned; the others are reached as the pass goes by.
         probe_rows: some steps are looked at on so many rows; 0 for none.
         mean_weight: of a row; that of the window where it is None.
+        ahead: batches are cut on a second thread while the ones before them are learned; the bits are the same without.
     """
+    started_pass = time.perf_counter()
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
     kept = slice(None) if kept_R is None else kept_R
     learner.start_at(click_rate(window, kept))
@@ -131,35 +148,43 @@ def learn(
     probes = _probes(learner, window, cursor, probe_rows)
     takes = _Takes(cursor, lambda: _thinning(window, seed, stratum_R))
     window = replace(window, weights_R=window.weights_R.copy())
-    while not stopwatch.out_of_time and (batches := _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())):
-        started, done, last = stopwatch.seconds(), 0, 0
-        for batch in batches:
-            if batch.probability_B is not None:
-                window.weights_R[batch.rows] /= batch.probability_B.astype(np.float32)
-        chunk, own_rows = _look_up(learner, window, batches)
-        for batch, rows in zip(batches, own_rows, strict=True):
-            if stopwatch.is_up():
-                cursor.position = batch.position
+    with CutAhead(window, ahead=ahead) as cutting:
+        while not stopwatch.out_of_time:
+            batches = _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())
+            if not batches:
                 break
-            own = slice(rows.start, rows.start + len(batch.rows))
-            with probes.dense_step(chunk, own, position=batch.position) if probes else nullcontext():
-                result = learner.step(
-                    chunk,
-                    rows,
-                    divisor=len(batch.rows) * mean_weight / batch.decision.keep_rate,
-                    learning_rate=batch.decision.learning_rate,
-                    batch_scale=batch.decision.batch_size / learner.config.reference,
-                )
-            trace.add(batch, result, seconds=stopwatch.seconds())
-            takes.learned(batch)
-            progress(batch.position + len(batch.rows), num_rows)
-            last, done = own.stop, done + 1
-        learner.set_sparse_factor(batches[0].decision.sparse_rate_factor)
-        passed = cursor.position - batches[0].position
-        with probes.sparse_step(chunk, slice(0, last), passed, position=cursor.position) if probes else nullcontext():
-            learner.finish(chunk)
-        rows_done = sum(rows.stop - rows.start for rows in own_rows[:done]) * learner.processes.count
-        policy.observe(steps=done, rows=rows_done, seconds=stopwatch.agreed(stopwatch.seconds() - started))
+            started, done, last = stopwatch.seconds(), 0, 0
+            for batch in batches:
+                if batch.probability_B is not None:
+                    window.weights_R[batch.rows] /= batch.probability_B.astype(np.float32)
+            reweighted = any(batch.probability_B is not None for batch in batches)
+            planned, own_rows = _rows_of(learner, [batch.rows for batch in batches])
+            chunk = learner.look_up(cutting.take(replace(planned, reweighted=reweighted)))
+            if coming := _rows_to_come(cursor, batches[-1].decision, learner):
+                cutting.expect(coming)
+            for batch, rows in zip(batches, own_rows, strict=True):
+                if stopwatch.is_up():
+                    cursor.position = batch.position
+                    break
+                own = slice(rows.start, rows.start + len(batch.rows))
+                with probes.dense_step(chunk, own, position=batch.position) if probes else nullcontext():
+                    result = learner.step(
+                        chunk,
+                        rows,
+                        divisor=len(batch.rows) * mean_weight / batch.decision.keep_rate,
+                        learning_rate=batch.decision.learning_rate,
+                        batch_scale=batch.decision.batch_size / learner.config.reference,
+                    )
+                trace.add(batch, result, seconds=stopwatch.seconds())
+                takes.learned(batch)
+                progress(batch.position + len(batch.rows), num_rows)
+                last, done = own.stop, done + 1
+            learner.set_sparse_factor(batches[0].decision.sparse_rate_factor)
+            passed = cursor.position - batches[0].position
+            with probes.sparse_step(chunk, slice(0, last), passed, position=cursor.position) if probes else nullcontext():
+                learner.finish(chunk)
+            rows_done = sum(rows.stop - rows.start for rows in own_rows[:done]) * learner.processes.count
+            policy.observe(steps=done, rows=rows_done, seconds=stopwatch.agreed(stopwatch.seconds() - started))
     if takes.last_without_rows and not cursor.remaining:
         trace.add_plan(takes.last_without_rows)
     unreached_R = np.zeros(window.num_rows, bool)
@@ -167,7 +192,14 @@ def learn(
     left_out_R = takes.left_out_R()
     thinned_R = None if left_out_R is None else left_out_R & ~unreached_R
     learned = trace.learned(unreached_R, thinned_R, position=cursor.position)
-    return replace(learned, kept_R=kept_R, probed=probes.probed() if probes else None)
+    return replace(
+        learned,
+        kept_R=kept_R,
+        probed=probes.probed() if probes else None,
+        seconds=time.perf_counter() - started_pass,
+        waiting_seconds=cutting.waiting_seconds,
+        thrown_away=cutting.thrown_away,
+    )
 
 
 def _probes(learner: Learner, window: EncodedWindow, cursor: BatchCursor, probe_rows: int) -> Probes | None:
@@ -259,21 +291,32 @@ def _plan_chunk(takes: _Takes, policy: BatchPolicy, step: int, learner: Learner,
     return batches
 
 
-def _look_up(learner: Learner, window: EncodedWindow, batches: Sequence[_Batch]) -> tuple[Chunk, list[slice]]:
-    """The chunk of these batches, and where in it each batch lies.
+def _rows_to_come(cursor: BatchCursor, decision: Decision, learner: Learner) -> ChunkRows | None:
+    """The chunk after this one, if the plan stays as it is; None at the end, and where the plan leaves rows out: which ones is
+    not known before."""
+    if decision.keep_rate != 1 or not cursor.remaining:
+        return None
+    cursor, batches = replace(cursor), list[I64]()
+    while cursor.remaining and sum(map(len, batches)) < max(learner.config.sparse_step_rows, 1):
+        batches.append(cursor.next_rows(decision.batch_size))
+    return _rows_of(learner, batches)[0]
+
+
+def _rows_of(learner: Learner, batches: Sequence[I64]) -> tuple[ChunkRows, list[slice]]:
+    """The rows of these batches in this process, and where in the chunk each batch lies.
 
     Each process takes every n-th row of a batch; where that does not come out even, a row of weight 0 fills the shape, so that
     all processes exchange tensors of one size.
     """
     rank, count = learner.processes.rank, learner.processes.count
-    shares = [learner.padded(_ceil_div(len(batch.rows), count)) for batch in batches]
+    shares = [learner.padded(_ceil_div(len(batch), count)) for batch in batches]
     ends = np.cumsum(shares)
     rows = [
-        np.resize(batch.rows[rank::count] if rank < len(batch.rows) else batch.rows, share)
+        np.resize(batch[rank::count] if rank < len(batch) else batch, share)
         for batch, share in zip(batches, shares, strict=True)
     ]
-    filling = [np.arange(share) >= len(batch.rows[rank::count]) for batch, share in zip(batches, shares, strict=True)]
-    chunk = learner.look_up(window.minibatch(np.concatenate(rows), filling_B=np.concatenate(filling)))
+    filling = [np.arange(share) >= len(batch[rank::count]) for batch, share in zip(batches, shares, strict=True)]
+    chunk = ChunkRows(rows_C=np.concatenate(rows), filling_C=np.concatenate(filling))
     return chunk, [slice(int(end) - share, int(end)) for end, share in zip(ends, shares, strict=True)]
 
 

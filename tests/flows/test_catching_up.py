@@ -17,6 +17,7 @@ from flows.history import reports_of
 from flows.nightly_update import NIGHTLY
 from flows.settings import settings_for
 from pipeline.config import UpdateConfig, overridden
+from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.evaluation import champion
 from pipeline.evaluation.gate import GateVerdict
@@ -61,8 +62,18 @@ class TestWithAServer:
         assert again == []
         assert told[-1] == "nothing to do: no closed window waits for the model 'hourly'"
 
-    def test_each_update_leaves_a_report_with_its_plots(self, config: UpdateConfig) -> None:
-        in_a_flow(lambda: catch_up(config, tell=lambda line: None))
+    def test_each_update_leaves_a_report_and_the_next_windows_files_are_read_ahead(
+        self, config: UpdateConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = list[ReadAhead]()
+
+        def make() -> ReadAhead:
+            made.append(ReadAhead())
+            return made[0]
+
+        monkeypatch.setattr("flows.catching_up.ReadAhead", make)
+        reports = in_a_flow(lambda: catch_up(config, tell=lambda line: None))
+        assert made[0].taken >= len(reports) - 1, "every file but those of the first window"
         artifact = Artifact.get("synthetic-hourly")
         assert artifact is not None
         assert "## Figures" in str(artifact.data)
@@ -97,9 +108,10 @@ class TestWithAServer:
             return made.pop(0) if made else None
 
         made = in_a_flow(lambda: catch_up(config, tell=lambda line: None))
-        monkeypatch.setattr("flows.catching_up.run_update", record)
         monkeypatch.setattr("flows.catching_up.waiting_windows", lambda config, now: waiting.pop(0))
-        in_a_flow(lambda: learn_waiting(config, register=register, tell=lambda line: None))  # type: ignore[arg-type]
+        in_a_flow(
+            lambda: learn_waiting(config, register=register, tell=lambda line: None, update=record)  # type: ignore[arg-type]
+        )
         assert asked[:3] == expected
 
     def test_the_registry_follows_what_serves_where_the_last_update_did_not_publish(

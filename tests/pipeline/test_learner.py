@@ -298,6 +298,40 @@ def test_a_plan_that_changes_and_leaves_rows_out_replays_to_the_same_bits(
     np.testing.assert_array_equal(repeated.thinned_R, learned.thinned_R)
 
 
+@pytest.mark.parametrize("policy_name", ["fixed", "deadline", "goodput"])
+@pytest.mark.parametrize("sparse_step_rows", [0, 256])
+def test_batches_that_are_cut_ahead_change_no_bit_and_no_plan(
+    small_spec: DatasetSpec, small_examples: MakeExamples, policy_name: str, sparse_step_rows: int
+) -> None:
+    """On a clock that each look advances, so that the plan changes and rows are left out."""
+    window = _window(small_spec, small_examples(8_000))
+    settings = {"batch_policy": policy_name, "batch_size": 64, "micro_batch_size": 64, "min_batch_size": 64}
+    settings |= {"max_batch_size": 512, "learning_rate_scaling": "noise_scale", "sparse_step_rows": sparse_step_rows}
+    learners, passes = [], []
+    for ahead in (True, False):
+        learner, times = _learner(small_spec, **settings), iter(np.arange(0, 100_000.0))
+        policy = batch_policy(learner.config, noise_scale=lambda learner=learner: learner.noise_scale.last)  # type: ignore[misc]
+        budget = 40 if policy_name != "fixed" else 150
+        deadline = Deadline(
+            started=0,
+            budget_seconds=budget,
+            reserve_seconds=10,
+            clock=lambda times=times: float(next(times)),  # type: ignore[misc]
+        )
+        passes.append(learn(learner, window, seed=[1], policy=policy, deadline=deadline, ahead=ahead))
+        learners.append(learner)
+    assert _greatest_difference(*learners) == 0
+    assert passes[0].plan == passes[1].plan
+    assert passes[0].position == passes[1].position
+    np.testing.assert_array_equal(passes[0].unreached_R, passes[1].unreached_R)
+    assert passes[0].unreached_R.any() or passes[0].thinned_rows
+    for learned in passes:
+        assert learned.waiting_share is not None
+        assert 0 < learned.waiting_share < 1
+    assert passes[1].thrown_away == 0
+    assert (passes[0].thrown_away > 0) == (policy_name != "fixed")
+
+
 def test_a_batch_that_changes_in_mid_pass_keeps_all_optimizer_state(
     small_spec: DatasetSpec, small_examples: MakeExamples
 ) -> None:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from data_schemas.dataset import load_spec
-from pipeline.config import UpdateConfig, load_config
+from data_schemas.errors import CorruptCheckpoint
+from data_schemas.examples import Examples
+from pipeline.config import TablePrecision, UpdateConfig, load_config
 from pipeline.data.encode import encode
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -17,6 +19,7 @@ from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.data.windows import Cursor, next_window, read_window
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import restore_or_create
+from pipeline.publishing.predictor import export_predictor, load_predictor
 from pipeline.training.processes import Processes
 from pipeline.update import run_update
 
@@ -24,9 +27,12 @@ from pipeline.update import run_update
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> UpdateConfig:
     """One synthetic hour, learned, published and registered."""
-    folder = tmp_path_factory.mktemp("published")
+    return publish(tmp_path_factory.mktemp("published"))
+
+
+def publish(folder: Path, *overrides: str) -> UpdateConfig:
     write_landing(SyntheticConfig(hours=1, rows_per_hour=400), folder / "landing")
-    config = load_config(overrides=[f"landing={folder / 'landing'}", f"state_dir={folder / 'state'}"])
+    config = load_config(overrides=[f"landing={folder / 'landing'}", f"state_dir={folder / 'state'}", *overrides])
     spec = load_spec(config.dataset)
     log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
     ingest_landing(config.landing, log, quarantine, spec, now=datetime.now(UTC))
@@ -77,3 +83,48 @@ def test_a_request_without_a_column_is_told_which(published: UpdateConfig, monke
 def test_nothing_that_was_published_is_a_pickle(published: UpdateConfig) -> None:
     suffixes = {path.suffix for path in Path(published.state_dir).rglob("*") if path.is_file()}
     assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
+
+
+def _rows(config: UpdateConfig) -> Examples:
+    spec = load_spec(config.dataset)
+    log = ClickLog.open_or_create(config.log_path, spec)
+    window = next_window(log, Cursor(), config.window, datetime.now(UTC))
+    assert window is not None
+    return to_examples(read_window(log, window, columns_to_read(spec)), spec)
+
+
+@pytest.mark.parametrize(("precision", "most", "share"), [("fp16", 1e-3, 0.52), ("int8", 5e-3, 0.45)])
+def test_a_narrow_predictor_is_small_and_predicts_nearly_the_same(
+    published: UpdateConfig, tmp_path: Path, precision: TablePrecision, most: float, share: float
+) -> None:
+    spec, examples = load_spec(published.dataset), _rows(published)
+    state = restore_or_create(published, spec, Processes())
+    for name in ("fp32", precision):
+        export_predictor(state, spec, published.model, tmp_path / name, table_precision=name)  # type: ignore[arg-type]
+    exact, narrow = (load_predictor(tmp_path / name).predict_examples(examples) for name in ("fp32", precision))
+    assert 0 < np.abs(narrow - exact).max() <= most
+    bytes_of = {name: (tmp_path / name / "weights.safetensors").stat().st_size for name in ("fp32", precision)}
+    assert bytes_of[precision] < share * bytes_of["fp32"]
+
+
+def test_a_model_with_int8_tables_is_registered_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = publish(tmp_path, "serving.table_precision=int8")
+    (description,) = (tmp_path / "state").rglob("predictor.json")
+    assert json.loads(description.read_text())["table_precision"] == "int8"
+    spec = load_spec(config.dataset)
+    request = {feature.name: None for feature in (*spec.logged_categorical(), *spec.numeric)}
+    status, answer = _ask(config, {"inputs": [request | {"event_time": "2026-01-01T00:30:00Z"}]}, monkeypatch)
+    assert (status, len(answer["predictions"])) == (200, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("saved", "claimed"), [("int8", "fp32"), ("fp32", "int8"), ("fp16", "int8")])
+def test_tables_that_are_not_what_the_description_says_are_refused(
+    published: UpdateConfig, tmp_path: Path, saved: TablePrecision, claimed: str
+) -> None:
+    spec = load_spec(published.dataset)
+    state = restore_or_create(published, spec, Processes())
+    export_predictor(state, spec, published.model, tmp_path / "model", table_precision=saved)
+    path = tmp_path / "model/predictor.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"table_precision": claimed}))
+    with pytest.raises(CorruptCheckpoint, match="tables in"):
+        load_predictor(tmp_path / "model")
