@@ -60,7 +60,7 @@ from pipeline.training.late_clicks import LateClicks
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.optimizers import group_scalars, load_group_scalars
-from pipeline.training.precision import choose_precision
+from pipeline.training.precision import choose_arithmetic
 from pipeline.training.processes import Processes, shard_tables
 from pipeline.training.replay import ReplayMemory
 from pipeline.training.smoothing import MovingAverage
@@ -203,6 +203,8 @@ def save(
         spec=spec,
         model_fingerprint=model_fingerprint(config),
         precision=learner.precision,
+        micro_batch_size=learner.micro_batch_size,
+        micro_batch_halvings=tuple(learner.halvings),
         steps=learner.steps,
         average_steps={name: average.steps for name, average in (_averages(learner) | learner.sparse_step.averages()).items()},
         loss_scale=learner.scaler.state_dict(),
@@ -373,16 +375,17 @@ def _model(
 def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     device = default_device()
     model = _model(config, spec, processes, device)
-    precision = choose_precision(
-        config.training.precision,
+    chosen = choose_arithmetic(
+        config.training,
         model.net,
         deep_width=sum(model.layout.deep_dims),
         wide_width=len(model.layout.wide_keys),
         num_dense=num_dense_columns(spec),
-        rows=config.training.micro_batch_size,
         device=device,
+        processes=processes,
     )
-    learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
+    training = config.training.model_copy(update={"micro_batch_size": chosen.micro_batch_size})
+    learner = Learner(model, training, precision=chosen.precision, device=device, processes=processes)
     return ModelState(
         learner=learner,
         moments=None,
@@ -392,6 +395,7 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         late_clicks=LateClicks.nothing(spec),
         cursor=Cursor(),
         version=0,
+        notes=chosen.notes,
     )
 
 
@@ -404,7 +408,11 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     model = _model(config, spec, processes, device, gated=gated)
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
-    learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
+    training = config.training
+    if training.micro_batch_size == "auto":
+        size = manifest.micro_batch_size or training.micro_batch
+        training = training.model_copy(update={"micro_batch_size": size})
+    learner = Learner(model, training, precision=precision, device=device, processes=processes)
     load_tables(config.model_dir, manifest, model.tables, new_tables=new_tables(before, after))
     if trained_on.fingerprint() != spec.fingerprint():
         dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))
