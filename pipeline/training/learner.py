@@ -290,6 +290,11 @@ class Learner:
 
     def _backward(self, chunk: "Chunk", piece: "_MicroBatch", divisor: float) -> torch.Tensor:
         """Forward and backward of the dense network over a micro-batch; its share of the batch's loss."""
+        loss = self._loss(chunk, piece, divisor)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _loss(self, chunk: "Chunk", piece: "_MicroBatch", divisor: float) -> torch.Tensor:
         part = piece.rows
         with self.autocast():
             logits_m = self.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
@@ -297,9 +302,7 @@ class Learner:
             logits_m = logits_m.float() + chunk.batch.logit_shifts_B[part]
         batch = chunk.batch
         looks_m3 = None if batch.looks_B3 is None else batch.looks_B3[part]
-        loss = weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part], looks_m3) / divisor
-        self.scaler.scale(loss).backward()
-        return loss.detach()
+        return weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part], looks_m3) / divisor
 
     def _unscale(self, pieces: Sequence["_MicroBatch"]) -> None:
         """Divides the loss scale out of all gradients: the fused tables apply theirs at once, unscaled or not."""
