@@ -12,6 +12,8 @@
     │   └── SpecMismatch         the checkpoint was trained with another spec or model
     ├── LearningDiverged     the loss stayed non-finite; nothing was published
     ├── OutOfMemory          a step does not fit into memory, in however small parts; nothing was published
+    ├── GroupFailed          of processes that train together one was lost, or they did not come together
+    │   └── StoppedByFirst       the first of them failed, and tells why
     ├── TrackingUnavailable  the MLflow server does not answer; the run waits in the spool
     └── UpdateInProgress     another update holds the state folder's lock
 
@@ -68,6 +70,14 @@ class LearningDiverged(TidemarkError):
 
 class OutOfMemory(TidemarkError):
     """A step does not fit into memory."""
+
+
+class GroupFailed(TidemarkError):
+    """Processes that train one model together have lost one of them, or did not come together."""
+
+
+class StoppedByFirst(GroupFailed):
+    """The first of them failed in something that it does alone; it tells why."""
 
 
 class TrackingUnavailable(TidemarkError):

@@ -17,7 +17,6 @@ import torch
 from models.ctr import DenseNet
 from pipeline.config import MICRO_BATCH_SIZES, TrainingConfig
 from pipeline.training.learner import Arithmetic
-from pipeline.training.processes import Processes
 
 ROUNDS = 5
 WORTH_GROWING = 0.03
@@ -46,13 +45,13 @@ def choose_arithmetic(
     wide_width: int,
     num_dense: int,
     device: torch.device,
-    processes: Processes,
+    num_processes: int = 1,
     free_bytes: Callable[[torch.device], int] | None = None,
 ) -> Chosen:
     """What is asked for, or where that is `auto` the fastest by interleaved medians of forward and backward, a row.
 
     fp16 is never chosen by itself: it needs loss scaling, and gains nothing over bf16 where both are supported. Of sizes that
-    are about as fast the smallest is taken. Every process gets what the first one found.
+    are about as fast the smallest is taken.
 
     Args:
         config: settings.
@@ -61,12 +60,12 @@ def choose_arithmetic(
         wide_width: of its wide weights.
         num_dense: columns.
         device: it is on.
-        processes: that train it.
+        num_processes: that share a batch.
         free_bytes: of memory; None asks the machine.
     """
     probe = _Probe(net, deep_width=deep_width, wide_width=wide_width, num_dense=num_dense, device=device)
     precisions: Sequence[Arithmetic] = ("fp32", "bf16") if config.precision == "auto" else (config.precision,)
-    sizes = _sizes(config, processes)
+    sizes = _sizes(config, num_processes)
     if len(sizes) > 1:
         fits = MEMORY_SHARE * (free_bytes or _free_bytes)(device) / probe.bytes_a_row(sizes[0])
         sizes = sizes[:1] + [size for size in sizes[1:] if size <= fits]
@@ -77,16 +76,14 @@ def choose_arithmetic(
     fastest = every[seconds.index(min(seconds))][0]
     of_size = {size: took for (precision, size), took in zip(every, seconds, strict=True) if precision == fastest}
     size = min(size for size, took in of_size.items() if took <= (1 + WORTH_GROWING) * min(of_size.values()))
-    best = processes.total(float(every.index((fastest, size))) if processes.rank == 0 else 0.0)
-    precision, size = every[round(best)]
-    return Chosen(precision=precision, micro_batch_size=size, notes=_notes(of_size, precision, size))
+    return Chosen(precision=fastest, micro_batch_size=size, notes=_notes(of_size, fastest, size))
 
 
-def _sizes(config: TrainingConfig, processes: Processes) -> list[int]:
+def _sizes(config: TrainingConfig, num_processes: int) -> list[int]:
     """Micro-batches to choose from, rising: none is larger than the smallest batch of a process, but for the first."""
     if config.micro_batch_size != "auto":
         return [config.micro_batch_size]
-    batch = config.smallest_batch // processes.count
+    batch = config.smallest_batch // num_processes
     larger = [size for size in MICRO_BATCH_SIZES[1:] if size <= batch]
     if config.batch_policy != "fixed" or config.compile_dense_network:
         larger = [size for size in larger if batch % size == 0]

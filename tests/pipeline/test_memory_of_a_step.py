@@ -174,7 +174,6 @@ def test_a_size_is_chosen_that_memory_and_the_batch_have_room_for(
         wide_width=len(model.layout.wide_keys),
         num_dense=num_dense_columns(small_spec),
         device=CPU,
-        processes=Processes(),
         free_bytes=lambda device: int(free_gigabytes * 2**30),
     )
     assert chosen.micro_batch_size in possible
