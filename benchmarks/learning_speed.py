@@ -12,7 +12,7 @@ hours of a repetition. Its own parser reads the file and its own driver learns, 
 `run_parser`: what `vw -d FILE` does; no line passes through Python. Only that is timed, not the start of the workspace. Without
 crosses, with crosses and `--ftrl`, and the latter with the ids of the user's history as well.
 
-    pip install -r requirements/peers.txt
+    pip install --no-deps -r requirements/peers.txt
     python benchmarks/learning_speed.py [--warm 24] [--hours 3] [--repetitions 5] [--threads 2]
 
 All have learned the `--warm` hours before the first repetition, each repetition learns the next hours, and all take turns.

@@ -9,7 +9,7 @@ number of trials, chosen by log loss on an early part of the stream.
 
     python benchmarks/progressive.py brunch [--only ours vw-ftrl] [--trials 6] [--hours 48]
     python benchmarks/progressive.py brunch --only reproduce
-    pip install -r requirements/peers.txt
+    pip install --no-deps -r requirements/peers.txt
 
 Rows a second are those of learning alone, by the CPU time of all threads, so that other work on the machine does not count.
 What is not in it: reading, hashing, counters, and bringing rows into the form that a system takes; for Vowpal Wabbit that form
@@ -166,7 +166,7 @@ def _chosen(spec: DatasetSpec, options: argparse.Namespace) -> list[Contender]:
 def _compete(contender: Contender, judge: Judge, best: dict[str, Settings], options: argparse.Namespace) -> Line:
     """Searches, unless the same system was searched before, then runs the whole stream with the best settings."""
     if contender.package and importlib.util.find_spec(contender.package) is None:
-        missing = f"{contender.package} is not installed: pip install -r requirements/peers.txt"
+        missing = f"{contender.package} is not installed: pip install --no-deps -r requirements/peers.txt"
         return Line(name=contender.name, settings=missing)
     frozen_after = contender.frozen_after_hours
     if frozen_after and judge.stream.hours[-1].start < judge.stream.hours[0].start + frozen_after:

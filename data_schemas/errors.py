@@ -11,6 +11,7 @@
     │   ├── CorruptCheckpoint    a file differs from its hash, or is missing
     │   └── SpecMismatch         the checkpoint was trained with another spec or model
     ├── LearningDiverged     the loss stayed non-finite; nothing was published
+    ├── OutOfMemory          a step does not fit into memory, in however small parts; nothing was published
     ├── GroupFailed          of processes that train together one was lost, or they did not come together
     │   └── StoppedByFirst       the first of them failed, and tells why
     ├── TrackingUnavailable  the MLflow server does not answer; the run waits in the spool
@@ -65,6 +66,10 @@ class SpecMismatch(CheckpointError):
 
 class LearningDiverged(TidemarkError):
     """The loss stayed non-finite over several steps in a row."""
+
+
+class OutOfMemory(TidemarkError):
+    """A step does not fit into memory."""
 
 
 class GroupFailed(TidemarkError):

@@ -16,6 +16,7 @@ from models.dcn import DcnHead
 from models.deepfm import DeepFmHead
 from models.dlrm import DlrmHead
 from models.embeddings import EmbeddingTables, Pooled, SparseOptimizer
+from models.layers import side_by_side
 from models.narrow_tables import NarrowTables
 from models.tables import TableLayout
 
@@ -59,15 +60,23 @@ class DenseNet(nn.Module):
 
     def forward(self, deep_BS: torch.Tensor, wide_BW: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
         """Logits `[B] float32`."""
+        if not self.candidate_of and not self.attended:
+            return self._logits(deep_BS, wide_BW, dense_BN, dense_BN)
         head_BS, clicks_BS = deep_BS.split([self.head_width, deep_BS.shape[1] - self.head_width], dim=1)
         embedded = head_BS.split(self.dims, dim=1)
         products = [embedded[pool] * embedded[candidate] for pool, candidate in self.candidate_of]
         attended = self._attend(embedded, clicks_BS)
         products += [sum_BD * embedded[of] for sum_BD, (of, _) in zip(attended, self.attended, strict=True)]
         sums = [product_BD.sum(dim=1, keepdim=True) for product_BD in products]
-        linear_BN = torch.cat([dense_BN, *sums], dim=1)
+        linear_BN = side_by_side(dense_BN, *sums)
         products += attended
-        logits_B: torch.Tensor = self.head(head_BS, torch.cat([linear_BN, *products], dim=1))
+        return self._logits(head_BS, wide_BW, linear_BN, side_by_side(linear_BN, *products))
+
+    def _logits(
+        self, head_BS: torch.Tensor, wide_BW: torch.Tensor, linear_BN: torch.Tensor, dense_BN: torch.Tensor
+    ) -> torch.Tensor:
+        """`[B]`: of the head, which sees `dense_BN`, the wide part and the linear part."""
+        logits_B: torch.Tensor = self.head(head_BS, dense_BN)
         return logits_B.float() + wide_BW.sum(dim=1) + (linear_BN * self.linear_N).sum(dim=1) + self.bias
 
     def _attend(self, embedded: Sequence[torch.Tensor], clicks_BS: torch.Tensor) -> list[torch.Tensor]:

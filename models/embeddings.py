@@ -126,14 +126,14 @@ class EmbeddingTables(nn.Module):
             [_config(table, "deep", table.dim, INITIAL_BOUND) for table in layout.deep],
             optimizer_type=RowWiseAdagrad if by_row else torch.optim.Adagrad,
             optimizer_kwargs={"lr": sparse_learning_rate},
-            is_weighted=True,
+            is_weighted=layout.weighted,
             device=device,
         )
         self.wide = FusedEmbeddingBagCollection(
             [_config(table, "wide", WIDE_DIM, 0.0) for table in layout.wide],
             optimizer_type=torch.optim.Adagrad,
             optimizer_kwargs={"lr": wide_learning_rate, "eps": max(wide_beta, SMALLEST_BETA)},
-            is_weighted=True,
+            is_weighted=layout.weighted,
             device=device,
         )
         self.decays: list[float] = []
@@ -145,8 +145,8 @@ class EmbeddingTables(nn.Module):
         if torch.is_grad_enabled():
             self._note_changed(deep, wide)
         return Pooled(
-            deep_BS=_in_order(self.deep(deep), self.layout.deep_keys),
-            wide_BW=_in_order(self.wide(wide), self.layout.wide_keys)[:, ::WIDE_DIM],
+            deep_BS=_in_order(*_looked_up(self.deep, deep), self.layout.deep_keys),
+            wide_BW=_in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)[:, ::WIDE_DIM],
         )
 
     @torch.no_grad()
@@ -313,15 +313,31 @@ class Filling:
                 )
 
 
-def _in_order(pooled: KeyedTensor, names: list[str]) -> torch.Tensor:
+def _looked_up(collection: nn.Module, ids: KeyedJaggedTensor) -> tuple[list[str], list[int], torch.Tensor]:
+    """Keys, lengths of their embeddings, and the embeddings side by side.
+
+    Ids that stand in the order of the tables go to fbgemm's operator as they are: the collection would take them apart by key,
+    put them together again, and copy the result.
+    """
+    if isinstance(collection, FusedEmbeddingBagCollection) and len(collection._emb_modules) == 1:
+        configs = collection.embedding_bag_configs()
+        names = [name for config in configs for name in config.feature_names]
+        if ids.keys() == names:
+            weights = ids.weights() if collection.is_weighted() else None
+            values_BS = collection._emb_modules[0](ids.values(), ids.offsets(), weights)
+            return names, [config.embedding_dim for config in configs for _ in config.feature_names], values_BS
+    pooled: KeyedTensor = collection(ids)
+    return pooled.keys(), pooled.length_per_key(), pooled.values()
+
+
+def _in_order(keys: list[str], lengths: list[int], values_BS: torch.Tensor, names: list[str]) -> torch.Tensor:
     """The values side by side in the order of `names`; sharded collections answer in an order of their own.
 
     Split at once, not key by key: the backward pass of a slice fills a tensor of the whole width with zeros.
     """
-    values: torch.Tensor = pooled.values()
-    if pooled.keys() == names:
-        return values
-    pieces = dict(zip(pooled.keys(), values.split(pooled.length_per_key(), dim=1), strict=True))
+    if keys == names:
+        return values_BS
+    pieces = dict(zip(keys, values_BS.split(lengths, dim=1), strict=True))
     return torch.cat([pieces[name] for name in names], dim=1)
 
 

@@ -34,6 +34,12 @@ class CommonLength(nn.Module):
         )
 
 
+def side_by_side(*pieces: torch.Tensor) -> torch.Tensor:
+    """Their columns in one tensor; nothing is copied where only one of them has any."""
+    filled = [piece for piece in pieces if piece.shape[1]] or pieces[:1]
+    return filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)
+
+
 def feed_forward(sizes: Sequence[int], *, activate_last: bool = False) -> nn.Sequential:
     """Linear layers of `sizes` with ReLU between them, and after the last if `activate_last`."""
     layers: list[nn.Module] = []

@@ -37,6 +37,8 @@ class TableLayout:
     """Keys of history pools, each with the feature that it pools."""
     clicks: tuple[tuple[str, str], ...] = ()
     """Keys of single clicks that are attended to, each with its feature: by feature, the last click first."""
+    weighted: bool = True
+    """False: every key has one id a row, of weight 1, and lookups may take all weights for 1."""
 
     @cached_property
     def head_keys(self) -> list[str]:
@@ -104,7 +106,8 @@ def table_layout(spec: DatasetSpec) -> TableLayout:
     crosses = [
         Table(name=name, rows=spec.cross_capacity, dim=1, lookups=(name,)) for name in (cross_key(c) for c in spec.crosses)
     ]
-    return TableLayout(deep=deep, wide=(*wide, *crosses), pools=pools, clicks=clicks)
+    weighted = bool(pools or clicks) or any(feature.many for feature in spec.categorical)
+    return TableLayout(deep=deep, wide=(*wide, *crosses), pools=pools, clicks=clicks, weighted=weighted)
 
 
 def history_pools(spec: DatasetSpec) -> list[tuple[str, float]]:

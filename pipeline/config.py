@@ -41,6 +41,9 @@ AlertEvent = Literal["held", "rejected", "suspicious", "failed", "alarm"]
 Sharding = Literal["auto", "table_wise", "column_wise", "row_wise", "data_parallel"]
 RateDecay = Literal["constant", "step", "cosine"]
 
+MICRO_BATCH_SIZES = (512, 1024, 2048, 4096)
+"""That `training.micro_batch_size = "auto"` chooses from."""
+
 
 T = TypeVar("T")
 
@@ -82,8 +85,11 @@ class TrainingConfig(_Part):
 
     batch_size: Annotated[int, Field(ge=1)] = 256
     """Rows of a step, over all processes."""
-    micro_batch_size: Annotated[int, Field(ge=1)] = 512
-    """Rows that go through the dense network at once, in each process; bounds memory, keeps shapes static."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rows that go through the dense network at once, in each process; bounds memory, keeps shapes static. `auto` measures
+    time and memory when the model is first made, and the model keeps what it found: 512, or up to 4096 where `batch_size`
+    (`min_batch_size`, where the policy plans batches) is as large. Where a step does not fit into memory it is halved, and the
+    report says so."""
     batch_policy: BatchPolicyName = "fixed"
     """What chooses the size of each batch. `fixed`: `batch_size` all along. `linear_ramp`: it grows from `batch_size` to
     `max_batch_size` over the pass. `deadline`: the smallest that still learns every row in time; rows are left out only where
@@ -165,6 +171,16 @@ class TrainingConfig(_Part):
         return self.reference_batch_size or self.batch_size
 
     @property
+    def smallest_batch(self) -> int:
+        """Rows of the smallest batch that the policy takes, over all processes; the end of a window apart."""
+        return self.batch_size if self.batch_policy in ("fixed", "linear_ramp") else self.min_batch_size
+
+    @property
+    def micro_batch(self) -> int:
+        """The micro-batch as set; of `auto` the smallest that it chooses from."""
+        return MICRO_BATCH_SIZES[0] if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
     def measures_noise(self) -> bool:
         """Whether the gradient noise scale is needed."""
         scaled = "noise_scale" in (self.learning_rate_scaling, self.sparse_learning_rate_scaling)
@@ -193,13 +209,13 @@ class TrainingConfig(_Part):
                     "batch_policy = 'linear_ramp' grows the batch at the same rate, and learning_rate_scaling = "
                     f"{self.learning_rate_scaling!r} undoes that; use learning_rate_scaling 'none'"
                 )
-        smallest = {"fixed": self.batch_size, "linear_ramp": self.batch_size}.get(self.batch_policy, self.min_batch_size)
-        if self.compile_dense_network and smallest % self.micro_batch_size:
+        smallest, micro = self.smallest_batch, self.micro_batch
+        if self.compile_dense_network and smallest % micro:
             name = "batch_size" if self.batch_policy in ("fixed", "linear_ramp") else "min_batch_size"
-            least = -(-smallest // self.micro_batch_size) * self.micro_batch_size
+            least = -(-smallest // micro) * micro
             raise ValueError(
                 f"compile_dense_network needs batches of whole micro-batches, and {name} = {smallest} is none of "
-                f"micro_batch_size = {self.micro_batch_size}; use {name} = {least}, or a smaller micro_batch_size"
+                f"micro_batch_size = {micro}; use {name} = {least}, or a smaller micro_batch_size"
             )
         return self
 

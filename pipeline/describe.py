@@ -63,6 +63,7 @@ def describe(
         git_commit=_git_commit(),
         notes=(
             *saved.notes,
+            *saved.learner.notes(),
             *saved.learner.sparse_step.notes(),
             *rows.notes,
             *plan_notes(config.training, learned, saved.learner, rows.encoded.num_rows),

@@ -68,7 +68,7 @@ from pipeline.training.late_clicks import LateClicks
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.optimizers import group_scalars, load_group_scalars
-from pipeline.training.precision import choose_precision
+from pipeline.training.precision import choose_arithmetic
 from pipeline.training.processes import Processes
 from pipeline.training.replay import ReplayMemory
 from pipeline.training.sharding import spread_tables
@@ -228,6 +228,8 @@ def save(
         spec=spec,
         model_fingerprint=model_fingerprint(config),
         precision=learner.precision,
+        micro_batch_size=learner.micro_batch_size,
+        micro_batch_halvings=tuple(learner.halvings),
         steps=learner.steps,
         average_steps={name: average.steps for name, average in (_averages(learner) | learner.sparse_step.averages()).items()},
         loss_scale=learner.scaler.state_dict(),
@@ -468,18 +470,19 @@ def _model(
 def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     device = default_device()
     model = _model(config, spec, processes, device, new=True)
-    precision = processes.from_first(
-        lambda: choose_precision(
-            config.training.precision,
+    chosen = processes.from_first(
+        lambda: choose_arithmetic(
+            config.training,
             model.net,
             deep_width=sum(model.layout.deep_dims),
             wide_width=len(model.layout.wide_keys),
             num_dense=num_dense_columns(spec),
-            rows=config.training.micro_batch_size,
             device=device,
+            num_processes=processes.count,
         )
     )
-    learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
+    training = config.training.model_copy(update={"micro_batch_size": chosen.micro_batch_size})
+    learner = Learner(model, training, precision=chosen.precision, device=device, processes=processes)
     return ModelState(
         learner=learner,
         moments=None,
@@ -489,6 +492,7 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         late_clicks=LateClicks.nothing(spec),
         cursor=Cursor(),
         version=0,
+        notes=chosen.notes,
     )
 
 
@@ -502,7 +506,11 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     model = _model(config, spec, processes, device, gated=gated, new=bool(new))
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
-    learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
+    training = config.training
+    if training.micro_batch_size == "auto":
+        size = manifest.micro_batch_size or training.micro_batch
+        training = training.model_copy(update={"micro_batch_size": size})
+    learner = Learner(model, training, precision=precision, device=device, processes=processes)
     kept_averages = learner.sparse_step.averages().keys() & manifest.average_steps.keys()
     averages = [piece for piece in learner.sparse_step.slices() if piece.name.split(".")[0] in kept_averages]
     load_tables(config.model_dir, manifest, model.tables, averages=averages, new_tables=new)

@@ -306,7 +306,7 @@ def _learn(
     """What was done, and all rows as they are now, those left out too: new ids may have rows of their own."""
     counted = np.setdiff1d(np.arange(rows.num_logged), rows.held_out, assume_unique=True)
     encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, counted_rows=counted)
-    rows, training = replace(rows, encoded=encoded, ids=ids), config.training
+    rows, training = replace(rows, encoded=encoded, ids=ids), state.learner.config
     learner = state.learner
     fit = StepTimeFit(prior=learner.processes.from_first(lambda: earlier_step_time(read_history(config.model_dir))))
     refuse_too_small(config, deadline, fit.prior)

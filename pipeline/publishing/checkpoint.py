@@ -142,6 +142,10 @@ class Manifest(_Saved):
     model_fingerprint: str
     """Changes with everything that changes the shape of a weight or of an optimizer's state."""
     precision: Literal["fp32", "bf16", "fp16"]
+    micro_batch_size: int | None = None
+    """Rows that went through the dense network at once in the last step; None in old checkpoints."""
+    micro_batch_halvings: tuple[tuple[int, int], ...] = ()
+    """Where memory did not suffice in the update: steps of the model before, and rows of a micro-batch from there on."""
     steps: int
     average_steps: Mapping[str, float] = {}
     """Observations in each moving average."""

@@ -370,7 +370,7 @@ def batch_policy(
         fit: of the step time, with what an earlier update measured.
         noise_scale: asked whenever a plan is made.
     """
-    micro, sizes = training.micro_batch_size, FixedSize(batch_size=training.batch_size)
+    micro, sizes = training.micro_batch, FixedSize(batch_size=training.batch_size)
     match training.batch_policy:
         case "fixed":
             chosen: Sizes = sizes

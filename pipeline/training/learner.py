@@ -11,6 +11,7 @@ when it predicts the next window, and not adapted to other rows of the same user
 Letters: C rows of the chunk in this process, B of a batch, m of a micro-batch, S the sum of embedding lengths, W wide weights.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from data_schemas.errors import LearningDiverged
+from data_schemas.errors import LearningDiverged, OutOfMemory
 from data_schemas.minibatch import MiniBatch
 from models.ctr import CtrModel
 from models.embeddings import Pooled
@@ -35,8 +36,12 @@ from pipeline.training.processes import Processes
 from pipeline.training.smoothing import MovingAverage, smooth_gradients
 from pipeline.training.sparse_step import SparseStep
 
+log = logging.getLogger(__name__)
+
 Arithmetic = Literal["fp32", "bf16", "fp16"]
 
+SMALLEST_MICRO_BATCH = 16
+"""Rows down to which a micro-batch is halved where memory does not suffice."""
 MAX_OVERFLOWS = 30
 """Steps in a row in which fp16 may overflow: a loss scale of 2^16 is 2^-14 after them, which no sound gradient needs."""
 
@@ -72,6 +77,10 @@ class Learner:
         self.processes = processes or Processes()
         self.steps = 0
         """Steps since the model was new."""
+        self.micro_batch_size = config.micro_batch
+        """Rows that go through the dense network at once, as memory has allowed so far."""
+        self.halvings: list[tuple[int, int]] = []
+        """Where memory did not suffice: steps before, and rows of a micro-batch from there on."""
         self.skipped_in_a_row = 0
         self.overflows_in_a_row = 0
         self.gradient_norm = 0.0
@@ -88,9 +97,14 @@ class Learner:
         self.net: Compiled = compiled(model.net, asked=config.compile_dense_network)
 
     def look_up(self, batch: MiniBatch) -> "Chunk":
-        """Looks the ids of a chunk up, for the steps that follow; `finish` learns them."""
-        batch = batch.to(self.device)
-        return Chunk(batch, self.model.tables(batch.deep, batch.wide))
+        """Looks the ids of a chunk up, for the steps that follow; `finish` learns them.
+
+        Raises:
+            OutOfMemory: it does not fit.
+        """
+        with _memory_explained("looking up", batch.num_rows):
+            batch = batch.to(self.device)
+            return Chunk(batch, self.model.tables(batch.deep, batch.wide))
 
     def step(
         self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float, batch_scale: float = 1.0
@@ -107,18 +121,14 @@ class Learner:
 
         Raises:
             LearningDiverged: more than `training.max_skipped_steps` steps in a row were not finite.
+            OutOfMemory: it does not fit, in however small micro-batches.
         """
-        self.optimizer.zero_grad()
+        with _memory_explained("a step of", rows.stop - rows.start):
+            return self._step(chunk, rows, divisor=divisor, learning_rate=learning_rate, batch_scale=batch_scale)
+
+    def _step(self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float, batch_scale: float) -> StepResult:
         measures = self.config.measures_noise and self.steps % MEASURE_EVERY == 0 and self.precision != "fp16"
-        pieces = list(self._micro_batches(chunk, rows, at_least_two=measures and not self.net.compiles))
-        loss_sum, squared_norms = torch.zeros((), device=self.device), []
-        for piece in pieces:
-            if measures:
-                loss, squared_norm = self._measured_backward(chunk, piece, divisor)
-                squared_norms.append(squared_norm)
-            else:
-                loss = self._backward(chunk, piece, divisor)
-            loss_sum = loss_sum + loss
+        pieces, loss_sum, squared_norms = self._gathered(chunk, rows, divisor, measures=measures)
         self._unscale(pieces)
         self.processes.sum_gradients(list(self.parameters.values()))
         if measures:
@@ -127,7 +137,7 @@ class Learner:
         finite = self.processes.total(float(not (math.isfinite(log_loss) and self._gradients_are_finite(pieces)))) == 0
         rate = warmed_up(learning_rate, self.steps, self.config.warmup_steps)
         if finite:
-            chunk.keep_gradients(pieces, self.model.layout, divisor=divisor, scale=batch_scale)
+            chunk.keep_gradients(pieces, divisor=divisor, scale=batch_scale)
             self._dense_step(rate, batch_scale)
         if self.precision == "fp16":
             self.scaler.update()
@@ -145,7 +155,7 @@ class Learner:
 
     def padded(self, rows: int) -> int:
         """Rows of the static shape that `rows` of one process are filled up to, for a network that is compiled for it."""
-        return whole(rows, self.config.micro_batch_size) if self.config.compile_dense_network else rows
+        return whole(rows, self.micro_batch_size) if self.config.compile_dense_network else rows
 
     def set_sparse_factor(self, factor: float) -> None:
         """Of the rates of the embeddings and of the wide part, from the next `finish` on."""
@@ -156,10 +166,19 @@ class Learner:
 
     def finish(self, chunk: "Chunk") -> None:
         """One step of the sparse rows, with the gradients of all batches of the chunk that were learned."""
-        if self.sparse_step.needed:
-            self.sparse_step.learn(*chunk.lookups(self.model.layout))
-            return
-        torch.autograd.backward([chunk.pooled.deep_BS, chunk.pooled.wide_BW], [chunk.deep_gradient_CS, chunk.wide_gradient_CW])
+        with _memory_explained("a step of the embeddings over", chunk.batch.num_rows):
+            if self.sparse_step.needed:
+                self.sparse_step.learn(*chunk.lookups(self.model.layout))
+                return
+            torch.autograd.backward([chunk.pooled.deep_BS, chunk.pooled.wide_BW], chunk.gradients(self.model.layout))
+
+    def notes(self) -> tuple[str, ...]:
+        """What memory did not suffice for, in words."""
+        return tuple(
+            f"memory did not suffice for a step after {step:,} steps: from there on micro-batches had {size:,} rows; set "
+            f"training.micro_batch_size = {size} to have them from the start"
+            for step, size in self.halvings
+        )
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of the dense network."""
@@ -183,8 +202,54 @@ class Learner:
         with self.sparse_step.averaged():
             yield self.dense_weights(averaged=True)
 
+    def _gathered(
+        self, chunk: "Chunk", rows: slice, divisor: float, *, measures: bool
+    ) -> tuple[list["_MicroBatch"], torch.Tensor, list[torch.Tensor]]:
+        """The micro-batches of a batch with their gradients, the loss, and if asked for the norm of each one's gradient.
+
+        Where memory does not suffice in one process, all of them start anew from no gradients, with micro-batches of half as
+        many rows: gradients of all processes are exchanged afterwards, so that none has been so far.
+        """
+        while True:
+            self.optimizer.zero_grad()
+            lacking = ""
+            try:
+                gathered = self._gather(chunk, rows, divisor, measures=measures)
+            except (RuntimeError, MemoryError) as error:
+                if not _tells_of_memory(error):
+                    raise
+                lacking = str(error) or type(error).__name__
+            if not self.processes.total(float(bool(lacking))):
+                return gathered
+            self._halve_micro_batch(rows.stop - rows.start, lacking or "another process has told of it")
+
+    def _gather(
+        self, chunk: "Chunk", rows: slice, divisor: float, *, measures: bool
+    ) -> tuple[list["_MicroBatch"], torch.Tensor, list[torch.Tensor]]:
+        pieces = list(self._micro_batches(chunk, rows, at_least_two=measures and not self.net.compiles))
+        loss_sum, squared_norms = torch.zeros((), device=self.device), list[torch.Tensor]()
+        for piece in pieces:
+            if measures:
+                loss, squared_norm = self._measured_backward(chunk, piece, divisor)
+                squared_norms.append(squared_norm)
+            else:
+                loss = self._backward(chunk, piece, divisor)
+            loss_sum = loss_sum + loss
+        return pieces, loss_sum, squared_norms
+
+    def _halve_micro_batch(self, num_rows: int, reason: str) -> None:
+        """The same in all processes, whose batches have as many rows."""
+        size = min(self.micro_batch_size, num_rows) // 2
+        if size < SMALLEST_MICRO_BATCH:
+            raise OutOfMemory(_advice(f"a step of {num_rows:,} rows", reason))
+        log.warning("out of memory after %d steps: micro-batches of %d rows from here on (%s)", self.steps, size, reason)
+        self.micro_batch_size = size
+        self.halvings.append((self.steps, size))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _micro_batches(self, chunk: "Chunk", rows: slice, *, at_least_two: bool = False) -> Iterator["_MicroBatch"]:
-        size, count = self.config.micro_batch_size, rows.stop - rows.start
+        size, count = self.micro_batch_size, rows.stop - rows.start
         if at_least_two and 2 <= count <= size:
             size = -(-count // 2)
         for start in range(rows.start, rows.stop, size):
@@ -224,6 +289,11 @@ class Learner:
 
     def _backward(self, chunk: "Chunk", piece: "_MicroBatch", divisor: float) -> torch.Tensor:
         """Forward and backward of the dense network over a micro-batch; its share of the batch's loss."""
+        loss = self._loss(chunk, piece, divisor)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _loss(self, chunk: "Chunk", piece: "_MicroBatch", divisor: float) -> torch.Tensor:
         part = piece.rows
         with self.autocast():
             logits_m = self.net(piece.deep_mS, piece.wide_mW, chunk.batch.dense_BN[part])
@@ -231,9 +301,7 @@ class Learner:
             logits_m = logits_m.float() + chunk.batch.logit_shifts_B[part]
         batch = chunk.batch
         looks_m3 = None if batch.looks_B3 is None else batch.looks_B3[part]
-        loss = weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part], looks_m3) / divisor
-        self.scaler.scale(loss).backward()
-        return loss.detach()
+        return weighted_log_loss_sum(logits_m, batch.labels_B[part], batch.weights_B[part], looks_m3) / divisor
 
     def _unscale(self, pieces: Sequence["_MicroBatch"]) -> None:
         """Divides the loss scale out of all gradients: the fused tables apply theirs at once, unscaled or not."""
@@ -276,21 +344,44 @@ class Learner:
             )
 
 
+def _tells_of_memory(error: BaseException) -> bool:
+    """torch has an error of its own for a GPU, and a plain RuntimeError for the CPU."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text or "allocate memory" in text
+
+
+@contextmanager
+def _memory_explained(what: str, num_rows: int) -> Iterator[None]:
+    """Says what to do where memory does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _tells_of_memory(error):
+            raise
+        raise OutOfMemory(_advice(f"{what} {num_rows:,} rows", str(error) or type(error).__name__)) from error
+
+
+def _advice(what: str, reason: str) -> str:
+    return (
+        f"{what} does not fit into memory ({reason.splitlines()[0]}); nothing is published and the rows stay waiting. Lower "
+        "training.batch_size, max_batch_size or sparse_step_rows, or capacity or embedding_dim of the data set's features, or "
+        "stop what else uses the memory"
+    )
+
+
 class Chunk:
     """Rows whose ids were looked up together, and the gradients that gather for them."""
 
     def __init__(self, batch: MiniBatch, pooled: Pooled) -> None:
         self.batch = batch
         self.pooled = pooled
-        self.deep_gradient_CS = torch.zeros_like(pooled.deep_BS)
-        self.wide_gradient_CW = torch.zeros_like(pooled.wide_BW)
+        self._kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+        """Rows that were learned, in their order, with the gradients of their embeddings and wide weights."""
         self.learned_C = torch.zeros_like(batch.weights_B)
         """Weights of the examples that were learned; 0 for all others."""
 
-    def keep_gradients(
-        self, pieces: Sequence["_MicroBatch"], layout: TableLayout, *, divisor: float, scale: float = 1.0
-    ) -> None:
-        """Adds those of one batch: to its own rows, and to the rows that carry its users' histories.
+    def keep_gradients(self, pieces: Sequence["_MicroBatch"], *, divisor: float, scale: float = 1.0) -> None:
+        """Keeps those of one batch, whose rows come after those of the batches before.
 
         Those of wide weights are sums over rows, not means over the batch: what a weight has seen is then counted in rows,
         whatever the batches that they came in.
@@ -302,18 +393,35 @@ class Chunk:
             if scale != 1.0:
                 deep_mS = deep_mS * scale
             self.learned_C[piece.rows] = self.batch.weights_B[piece.rows]
-            self.wide_gradient_CW[piece.rows] = wide_mW * divisor
-            plain = layout.plain_width
-            self.deep_gradient_CS[piece.rows, :plain] = deep_mS[:, :plain]
-            if self.batch.history_row_B is not None:
-                history_CS = self.deep_gradient_CS[:, plain:]
-                history_CS.index_add_(0, self.batch.history_row_B[piece.rows], deep_mS[:, plain:])
+            self._kept.append((piece.rows, deep_mS, wide_mW * divisor))
+
+    def gradients(self, layout: TableLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[C, S]` and `[C, W]`: of what was looked up, 0 where nothing was learned.
+
+        Those of histories go to the rows that carry them.
+        """
+        deep_CS = _filled([(rows, deep_mS) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS)
+        wide_CW = _filled([(rows, wide_mW) for rows, _, wide_mW in self._kept], self.pooled.wide_BW)
+        if self.batch.history_row_B is None:
+            return deep_CS, wide_CW
+        plain = layout.plain_width
+        of_history_CH = torch.zeros_like(deep_CS[:, plain:]).index_add_(0, self.batch.history_row_B, deep_CS[:, plain:])
+        return torch.cat([deep_CS[:, :plain], of_history_CH], dim=1), wide_CW
 
     def lookups(self, layout: TableLayout) -> tuple[Lookups, Lookups]:
         """What was looked up, with the gradients gathered for it."""
         batch = self.batch
-        gradients = (self.deep_gradient_CS, self.wide_gradient_CW)
-        return lookups_of(layout, batch.deep, batch.wide, *gradients, self.learned_C, batch.history_row_B)
+        return lookups_of(layout, batch.deep, batch.wide, *self.gradients(layout), self.learned_C, batch.history_row_B)
+
+
+def _filled(pieces: Sequence[tuple[slice, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
+    """As many rows as `like`: those of the pieces, and zeros for the others; nothing is copied where one piece is all."""
+    parts, end = list[torch.Tensor](), 0
+    for rows, piece in pieces:
+        parts += [like.new_zeros(rows.start - end, like.shape[1]), piece]
+        end = rows.stop
+    parts = [part for part in (*parts, like.new_zeros(len(like) - end, like.shape[1])) if len(part)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _MicroBatch:

@@ -1,60 +1,152 @@
-"""Which arithmetic the dense network is fastest in, on this machine and for this net.
+"""Which arithmetic, and micro-batches of how many rows, the dense network is fastest in, on this machine and for this net.
 
-bf16 halves the memory traffic but is slower for small networks on some processors, so it is measured, not assumed.
+Enters: a net and the settings. Leaves: `Chosen`, which the model keeps, so that a replay gives the same bits.
+
+bf16 halves the memory traffic but is slower for small networks on some processors; small micro-batches stay in a processor's
+cache and large ones keep a GPU busy. So both are measured, not assumed.
 """
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from models.ctr import DenseNet
-from pipeline.config import Precision
+from pipeline.config import MICRO_BATCH_SIZES, TrainingConfig
 from pipeline.training.learner import Arithmetic
 
-ROUNDS = 7
+ROUNDS = 5
+WORTH_GROWING = 0.03
+"""Share of the seconds a row by which a larger micro-batch has to be faster than the smallest that is as fast as any."""
+MEMORY_SHARE = 0.25
+"""Of the memory that is free, which what a micro-batch keeps for its backward pass may take."""
+
+DTYPES: dict[Arithmetic, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(
-    asked: Precision,
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """For the steps of a new model."""
+
+    precision: Arithmetic
+    micro_batch_size: int
+    notes: tuple[str, ...] = ()
+    """What was chosen from, where there was a choice of sizes."""
+
+
+def choose_arithmetic(
+    config: TrainingConfig,
     net: DenseNet,
     *,
     deep_width: int,
     wide_width: int,
     num_dense: int,
-    rows: int,
     device: torch.device,
-) -> Arithmetic:
-    """`asked` itself, or for `auto` the fastest of fp32 and bf16 by interleaved medians of forward and backward.
+    num_processes: int = 1,
+    free_bytes: Callable[[torch.device], int] | None = None,
+) -> Chosen:
+    """What is asked for, or where that is `auto` the fastest by interleaved medians of forward and backward, a row.
 
-    fp16 is never chosen by itself: it needs loss scaling, and gains nothing over bf16 where both are supported.
+    fp16 is never chosen by itself: it needs loss scaling, and gains nothing over bf16 where both are supported. Of sizes that
+    are about as fast the smallest is taken.
+
+    Args:
+        config: settings.
+        net: of the model.
+        deep_width: of its embeddings.
+        wide_width: of its wide weights.
+        num_dense: columns.
+        device: it is on.
+        num_processes: that share a batch.
+        free_bytes: of memory; None asks the machine.
     """
-    if asked != "auto":
-        return asked
-    deep_BS = torch.zeros(rows, deep_width, device=device, requires_grad=True)
-    wide_BW = torch.zeros(rows, wide_width, device=device)
-    dense_BN = torch.zeros(rows, num_dense, device=device)
+    probe = _Probe(net, deep_width=deep_width, wide_width=wide_width, num_dense=num_dense, device=device)
+    precisions: Sequence[Arithmetic] = ("fp32", "bf16") if config.precision == "auto" else (config.precision,)
+    sizes = _sizes(config, num_processes)
+    if len(sizes) > 1:
+        fits = MEMORY_SHARE * (free_bytes or _free_bytes)(device) / probe.bytes_a_row(sizes[0])
+        sizes = sizes[:1] + [size for size in sizes[1:] if size <= fits]
+    every = [(precision, size) for precision in precisions for size in sizes]
+    if len(every) == 1:
+        return Chosen(precision=precisions[0], micro_batch_size=sizes[0])
+    seconds = _medians([lambda choice=choice: probe.seconds_a_row(*choice) for choice in every])  # type: ignore[misc]
+    fastest = every[seconds.index(min(seconds))][0]
+    of_size = {size: took for (precision, size), took in zip(every, seconds, strict=True) if precision == fastest}
+    size = min(size for size, took in of_size.items() if took <= (1 + WORTH_GROWING) * min(of_size.values()))
+    return Chosen(precision=fastest, micro_batch_size=size, notes=_notes(of_size, fastest, size))
 
-    def one_pass(dtype: torch.dtype | None) -> None:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits_B = net(deep_BS, wide_BW, dense_BN)
-        logits_B.sum().backward()
-        net.zero_grad()
-        if device.type == "cuda":
+
+def _sizes(config: TrainingConfig, num_processes: int) -> list[int]:
+    """Micro-batches to choose from, rising: none is larger than the smallest batch of a process, but for the first."""
+    if config.micro_batch_size != "auto":
+        return [config.micro_batch_size]
+    batch = config.smallest_batch // num_processes
+    larger = [size for size in MICRO_BATCH_SIZES[1:] if size <= batch]
+    if config.batch_policy != "fixed" or config.compile_dense_network:
+        larger = [size for size in larger if batch % size == 0]
+    return [config.micro_batch, *larger]
+
+
+def _medians(works: Sequence[Callable[[], float]]) -> list[float]:
+    """Of what each gives, in turns; the first turn warms up."""
+    rounds = [[work() for work in works] for _ in range(ROUNDS + 1)][1:]
+    return [statistics.median(took) for took in zip(*rounds, strict=True)]
+
+
+def _notes(of_size: dict[int, float], precision: Arithmetic, chosen: int) -> tuple[str, ...]:
+    if len(of_size) == 1:
+        return ()
+    tried = ", ".join(f"{1e6 * took:.1f} us a row in {size:,}" for size, took in of_size.items())
+    return (f"micro-batches of {chosen:,} rows in {precision} were chosen: {tried}",)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Probe:
+    """Forward and backward passes of a net over zeros."""
+
+    def __init__(self, net: DenseNet, *, deep_width: int, wide_width: int, num_dense: int, device: torch.device) -> None:
+        self._net = net
+        self._widths = (deep_width, wide_width, num_dense)
+        self._device = device
+
+    def seconds_a_row(self, precision: Arithmetic, rows: int) -> float:
+        """Of one pass; infinite where it does not fit into memory."""
+        started = time.perf_counter()
+        try:
+            self._pass(precision, rows)
+        except (torch.OutOfMemoryError, MemoryError):
+            return float("inf")
+        if self._device.type == "cuda":
             torch.cuda.synchronize()
+        return (time.perf_counter() - started) / rows
 
-    seconds: dict[Arithmetic, list[float]] = {"fp32": [], "bf16": []}
-    dtypes: dict[Arithmetic, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
-    for round_ in range(ROUNDS + 1):
-        for name, dtype in dtypes.items():
-            elapsed = _timed(lambda dtype=dtype: one_pass(dtype))  # type: ignore[misc]
-            if round_ > 0:
-                seconds[name].append(elapsed)
-    return min(seconds, key=lambda name: statistics.median(seconds[name]))
+    def bytes_a_row(self, rows: int) -> float:
+        """That a pass in fp32 keeps between forward and backward, beside the weights."""
+        kept: dict[int, int] = {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self._net.parameters()}
 
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
 
-def _timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._pass("fp32", rows)
+        return max(sum(kept.values()) / rows, 4.0 * sum(self._widths))
+
+    def _pass(self, precision: Arithmetic, rows: int) -> None:
+        deep_BS, wide_BW, dense_BN = (torch.zeros(rows, width, device=self._device) for width in self._widths)
+        dtype = DTYPES[precision]
+        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
+            logits_B = self._net(deep_BS.requires_grad_(), wide_BW, dense_BN)
+        logits_B.sum().backward()
+        self._net.zero_grad()
