@@ -7,9 +7,9 @@
 a row, an id and a key take. `far`: arithmetic alone, from such figures.
 
 How a step is timed: `B / (N r) + bytes / bandwidth + rounds * latency`, for B rows of a batch, N processes, r rows/s of one.
-What a process sends for embeddings of F features of D numbers, there and back, in float32: where tables are cut by rows, partial
-sums for every row of the batch, whoever has it, `2 * 4 F D B (N-1)/N` (torchrec's reduce-scatter); whole tables and columns
-only what others asked for, `1/N` of that. Gradients of W dense weights, all-reduced in a ring: `2 * 4 W (N-1)/N`.
+What a process sends for embeddings of F features of D numbers, there and back, in float32: where tables are cut by rows,
+partial sums for every row of the batch, whoever has it, `2 * 4 F D B (N-1)/N` (torchrec's reduce-scatter); whole tables and
+columns only what others asked for, `1/N` of that. Gradients of W dense weights, all-reduced in a ring: `2 * 4 W (N-1)/N`.
 """
 
 import os
@@ -48,9 +48,9 @@ class Here:
     """Learned by one process of one thread."""
     window_bytes: float
     """Of a row of a window in memory, hashed and encoded."""
-    log_bytes: float = 40.0
+    log_bytes: float = 31.5
     """Of a row in the click log, on disk."""
-    id_bytes: float = 40.0
+    id_bytes: float = 28.0
     """Of an admitted id's row, beside the embedding."""
     key_bytes: float = 40.0
     """Of a key of a counter."""
@@ -202,8 +202,8 @@ def far(here: Here, wanted: Wanted = Wanted()) -> None:
             floor = step_bytes(wanted, wanted.batch, cut) / (wanted.gigabytes_per_second * 1e9)
             steps = wanted.rows_per_hour / wanted.batch
             console.print(
-                f"\n[bold]tables cut by {cut}[/bold]: no number of processes learns it in {3600 * wanted.learning_share:.0f} s: "
-                f"the network alone takes {floor * steps:,.0f} s"
+                f"\n[bold]tables cut by {cut}[/bold]: no number of processes learns it in "
+                f"{3600 * wanted.learning_share:.0f} s: the network alone takes {floor * steps:,.0f} s"
             )
             continue
         console.print(f"\n[bold]tables cut by {cut}[/bold]", *_needs(here, wanted, needed, cut), sep="\n  ")
@@ -227,7 +227,7 @@ def _needs(here: Here, wanted: Wanted, processes: int, cut: Cut) -> list[str]:
         f"memory: tables {tables / GIB:,.0f} GiB over all",
         f"storage: click log {log_bytes / 1e12:,.1f} TB for {wanted.log_days:g} days, full checkpoint {tables / 1e12:,.2f} TB, "
         f"delta {delta_bytes(wanted) / 1e12:,.3f} TB",
-        f"cost of an hour: {processes * wanted.learning_share:,.0f} core-hours of learning",
+        f"cost of an hour: {processes * steps * seconds / 3600:,.0f} core-hours of learning, {processes:,} with cores kept",
     ]
     if wanted.gpu_rows_per_second:
         gpus = wanted.rows_per_hour / (3600 * wanted.learning_share * wanted.gpu_rows_per_second)
@@ -235,7 +235,7 @@ def _needs(here: Here, wanted: Wanted, processes: int, cut: Cut) -> list[str]:
         if wanted.price_gpu_hour:
             lines.append(f"price of an hour on GPUs: {gpus * wanted.learning_share * wanted.price_gpu_hour:,.2f}")
     if wanted.price_core_hour:
-        lines.append(f"price of an hour on cores: {processes * wanted.learning_share * wanted.price_core_hour:,.2f}")
+        lines.append(f"price of an hour of cores that are kept: {processes * wanted.price_core_hour:,.2f}")
     if wanted.price_gib_month:
         lines.append(f"price of storage: {stored / GIB * wanted.price_gib_month:,.0f} a month")
     return lines
