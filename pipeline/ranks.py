@@ -65,8 +65,7 @@ def on_processes(config: UpdateConfig, work: Callable[[Update], T]) -> T | None:
         GroupFailed: a process was lost, or they did not come together; the message says which, why and the way out.
         ConfigError: not all of them have the same settings, code and data set.
     """
-    if dist.is_initialized():
-        return work(run_update)
+    assert not dist.is_initialized(), "inside a group, call the function that work was given, or run_update in every process"
     patience = Patience(join_seconds=config.processes.join_seconds, stall_seconds=config.processes.stall_seconds)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with joined(patience) as processes:
@@ -122,6 +121,7 @@ class _Group:
 
     def follow(self, config: UpdateConfig) -> None:
         """Takes part in each update, until the first process lets go, or fails in what it does alone."""
+        logging.getLogger("pipeline").setLevel(logging.CRITICAL)  # the first one says the same
         try:
             while self._say("") == "update":
                 try:
@@ -231,7 +231,7 @@ def _begin_attempt(config: UpdateConfig) -> float:
     if job is None:
         return 0.0
     path = config.model_dir / STARTED
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and path.is_file():
         try:
             note = json.loads(path.read_bytes())
             if note["job"] == job:
@@ -268,6 +268,32 @@ def _require_same(config: UpdateConfig, processes: Processes) -> None:
                     f"process {rank} on {host} has {name} = {other.get(name)!r}, and the first {first.get(name)!r}; start all "
                     "with the same command line, settings file, environment and code"
                 )
+    _require_shared(config, processes)
+
+
+def _require_shared(config: UpdateConfig, processes: Processes) -> None:
+    """Raises `ConfigError` in all processes where one does not see the model's folder of the first."""
+    token = config.model_dir / processes.from_first(lambda: _leave_token(config.model_dir))
+    sees, deadline = token.is_file(), time.monotonic() + config.processes.join_seconds / 2
+    while not sees and time.monotonic() < deadline:  # a network file system may take a while to show it
+        time.sleep(0.2)
+        sees = token.is_file()
+    blind = [(rank, host) for rank, (host, sees) in enumerate(processes.gather((socket.gethostname(), sees))) if not sees]
+    if processes.is_first:
+        token.unlink()
+    for rank, host in blind:
+        kind = ConfigError if processes.is_first else StoppedByFirst
+        raise kind(
+            f"process {rank} on {host} does not see what the first writes into {config.model_dir}; give all of them one "
+            "state_dir on a file system that they share"
+        )
+
+
+def _leave_token(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"shared-{os.getpid()}-{time.time_ns()}"
+    (folder / name).touch()
+    return name
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

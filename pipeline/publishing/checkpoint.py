@@ -482,7 +482,8 @@ def _describe(folder: Path, content: Content, file: str) -> Part:
 
 
 def _by_key(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
-    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in tables.slices()}
+    pieces = () if tables.saved_elsewhere else tables.slices()
+    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in pieces}
 
 
 def _files(model_dir: Path, manifest: Manifest, content: str) -> Iterator[Path]:
