@@ -17,8 +17,9 @@ from prefect import flow
 from rich.console import Console
 
 from data_schemas.errors import ConfigError
-from flows.catching_up import Register, ingest_new, learn_waiting, settings_for, waiting_windows
+from flows.catching_up import Register, ingest_new, learn_waiting, waiting_windows
 from flows.history import MeanFigures, after_first, mean_figures, reports_of
+from flows.settings import settings_for
 from flows.terminal import run_flow, tell
 from pipeline.config import UpdateConfig
 from pipeline.outcome import UpdateReport

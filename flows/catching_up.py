@@ -3,7 +3,6 @@
 Enters: an `UpdateConfig`. Leaves: the report of every update, each as a Prefect artifact too.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
@@ -15,8 +14,8 @@ from flows.artifacts import publish_report
 from flows.cluster import run_spread
 from flows.history import reports_of
 from flows.stages import run_as_task
-from flows.terminal import Advance, progress, tell
-from pipeline.config import UpdateConfig, load_config
+from flows.terminal import Advance, leads, progress, tell
+from pipeline.config import UpdateConfig
 from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -24,7 +23,7 @@ from pipeline.data.windows import as_time
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.publishing.checkpoint import current_version, learned_until
 from pipeline.publishing.report import verdict
-from pipeline.ranks import Update, leads, on_processes
+from pipeline.ranks import Update, on_processes
 from pipeline.update import run_update
 
 T = TypeVar("T")
@@ -32,23 +31,6 @@ T = TypeVar("T")
 Register = Literal["each", "last", "never"]
 """Which updates put their model into the registry."""
 Tell = Callable[[str], None]
-
-
-def settings_for(
-    config: str | None,
-    overrides: Sequence[str] | None,
-    *,
-    defaults: Sequence[str] = (),
-    **given: str | float | None,
-) -> UpdateConfig:
-    """From the file, the environment, the flow's own `defaults`, what was `given`, and `overrides`; the later wins.
-
-    >>> settings_for(None, ["budget.seconds=30"], budget__seconds=60, dataset="brunch").budget.seconds
-    30.0
-    """
-    named = {name.replace("__", "."): value for name, value in given.items() if value is not None}
-    written = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in named.items()]
-    return load_config(config, [*defaults, *written, *(overrides or ())])
 
 
 def catch_up(

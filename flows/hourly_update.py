@@ -11,8 +11,10 @@ import sys
 
 from prefect import flow
 
-from flows.catching_up import catch_up, settings_for
 from flows.terminal import run_flow, tell
+
+IMPORTED_LATER = "flows.catching_up"
+"""Imports torch, which takes seconds: while Prefect's server starts, and not for `--help`."""
 
 
 @flow(name="hourly-update", persist_result=False)
@@ -41,6 +43,9 @@ def hourly_update(
         overrides: Any other setting, such as training.batch_size=1024; may be given several times.
         quiet: Print nothing but errors.
     """
+    from flows.catching_up import catch_up
+    from flows.settings import settings_for
+
     settings = settings_for(
         config,
         overrides,

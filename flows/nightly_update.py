@@ -13,8 +13,10 @@ import sys
 
 from prefect import flow
 
-from flows.catching_up import catch_up, settings_for
 from flows.terminal import run_flow, tell
+
+IMPORTED_LATER = "flows.catching_up"
+"""Imports torch, which takes seconds: while Prefect's server starts, and not for `--help`."""
 
 NIGHTLY = ("model_name=nightly", "window.hours=24", "window.align_hour=2")
 """What makes it nightly; only `overrides` change it, so that both jobs can share one settings file."""
@@ -46,6 +48,9 @@ def nightly_update(
         overrides: Any other setting, such as training.batch_size=1024; may be given several times.
         quiet: Print nothing but errors.
     """
+    from flows.catching_up import catch_up
+    from flows.settings import settings_for
+
     settings = settings_for(
         config,
         overrides,

@@ -563,7 +563,7 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
         average.load(sums, manifest.average_steps[kind])
     for kind, of_rows in learner.sparse_step.averages().items():
         if kind in manifest.average_steps:
-            of_rows.load(_starting_with(f"{kind}.", tensors), manifest.average_steps[kind])
+            of_rows.load(_starting_with(f"{kind}.", tensors), round(manifest.average_steps[kind]))
     if manifest.loss_scale and learner.precision == "fp16":
         learner.scaler.load_state_dict(dict(manifest.loss_scale))
     learner.steps = manifest.steps

@@ -49,11 +49,6 @@ STARTED = "started.json"
 """In the model's folder: when an update under torchrun began, for an attempt that torchrun starts anew."""
 
 
-def leads() -> bool:
-    """Whether this process is the first, or the only one: the others are silent."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def on_processes(config: UpdateConfig, work: Callable[[Update], T]) -> T | None:
     """Does `work` in the first process; None in the others, once it is done there.
 
@@ -70,9 +65,10 @@ def on_processes(config: UpdateConfig, work: Callable[[Update], T]) -> T | None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with joined(patience) as processes:
             _require_same(config, processes)
-            group = _Group(processes, _Neighbours(processes))
+            neighbours = _Neighbours(processes)
+            group = _Group(processes, neighbours)
             if processes.is_first:
-                with _told_to_end():
+                with _told_to_end(neighbours):
                     return group.lead(work)
             group.follow(config)
             return None
@@ -104,19 +100,20 @@ class _Group:
         self._processes = processes
         self._others = others
         self._idle = dist.new_group(backend="gloo", timeout=IDLE)
-        self._updating = False
+        self._listen = True
+        """Whether the others wait for a word."""
 
     def lead(self, work: Callable[[Update], T]) -> T:
         """Does `work`, and lets the others go."""
         try:
             result = work(self._update)
+            self._let_go()
         except Exception as error:
-            if not self._updating or were_told(error):
+            if self._listen or were_told(error):
                 self._let_go()
-            elif not isinstance(error, TidemarkError) or isinstance(error, GroupFailed):
+            elif not isinstance(error, TidemarkError):
                 self._blame(error)
             raise
-        self._let_go()
         return result
 
     def follow(self, config: UpdateConfig) -> None:
@@ -135,14 +132,15 @@ class _Group:
             raise
 
     def _update(self, config: UpdateConfig, **more: Any) -> UpdateReport | None:
+        self._listen = False
         self._say("update")
-        self._updating = True
         report = run_update(config, spent_seconds=_begin_attempt(config), **more)
-        self._updating = False
+        self._listen = True
         _end_attempt(config)
         return report
 
     def _let_go(self) -> None:
+        self._listen = False
         self._say("end")
         dist.barrier()
 
@@ -210,7 +208,7 @@ def _sharing_cores(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _told_to_end() -> Iterator[None]:
+def _told_to_end(neighbours: _Neighbours) -> Iterator[None]:
     """Under torchrun: when another process fails, it ends this one; that becomes an error with a reason."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -218,7 +216,8 @@ def _told_to_end() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is time to tell: torchrun waits for 30 s
-        raise GroupFailed(f"the launcher ended the job, as it does when a process fails or the time is up; {WAY_OUT}")
+        reason = neighbours.reason(0.0) or "the launcher ended the job, as it does when a process fails or the time is up"
+        raise GroupFailed(f"{reason}; {WAY_OUT}")
 
     before = signal.signal(signal.SIGTERM, end)
     yield

@@ -337,7 +337,7 @@ class ClickLog(_DeltaLog):
         kept, start = self.write(source), 0
         try:
             for file in files:
-                for rows in self._written_rows(file):
+                for rows in self._read_row_groups(file):
                     keep = pa.array(keep_R[start : start + rows.num_rows])
                     start += rows.num_rows
                     kept.add(file.hour, rows.filter(keep))
@@ -379,8 +379,9 @@ class ClickLog(_DeltaLog):
         parts = [self._read_range(range_, list(columns), encoded) for range_ in ranges]
         return pa.concat_tables(parts) if parts else self._empty(columns)
 
-    def _written_rows(self, file: LogFile) -> Iterator[pa.Table]:
-        with _blaming_storage(self._root / file.path), pq.ParquetFile(self._root / file.path) as stored:
+    def _read_row_groups(self, file: LogFile) -> Iterator[pa.Table]:
+        path = self._root / file.path
+        with _blaming_storage(path), pq.ParquetFile(path, page_checksum_verification=True) as stored:
             for group in range(stored.num_row_groups):
                 yield stored.read_row_group(group).cast(self._schema)
 

@@ -62,6 +62,21 @@ def test_one_that_is_killed_is_named_and_the_next_update_goes_through(day: Any) 
     day.assert_same_numbers("many", "one")
 
 
+def test_one_that_is_killed_between_two_updates_is_named(day: Any) -> None:
+    config = load_config(overrides=day.overrides("many", "processes.count=2"))
+
+    def work(update: Update) -> None:
+        update(config, now=day.end)
+        os.kill(_peers()[0], signal.SIGKILL)
+        time.sleep(0.5)
+        update(config, now=day.end)
+
+    with pytest.raises(GroupFailed, match=r"of 2 processes that worked together, process 1 .* was killed by SIGKILL"):
+        on_processes(config, work)
+    assert current_version(config.model_dir) == 1
+    assert len(day.updated("many", 1)) == day.hours - 1
+
+
 def test_the_first_may_be_killed_too(day: Any, tmp_path: Path) -> None:
     asked = {"overrides": day.overrides("many", "processes.count=2"), "now": day.end.isoformat()}
     asked["die"] = {"rank": 0, "attempt": 0, "step": 3}

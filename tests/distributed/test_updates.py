@@ -14,6 +14,7 @@ import pytest
 from pipeline.data.synthetic import SyntheticConfig, SyntheticStream
 
 slow = pytest.mark.slow
+LABEL = '[label]\ncolumn = "label"\n'
 STREAM = SyntheticConfig(hours=3, rows_per_hour=400, num_users=60, num_items=40, num_authors=8, traffic_ratio=1.5)
 
 
@@ -94,7 +95,8 @@ def _clicks_later(landing: Path) -> None:
 def test_two_processes_learn_other_kinds_of_logs(
     make_day: Callable[..., Any], declaration: str, write: Callable[[Path], None], clicks: str, settings: list[str]
 ) -> None:
-    day = make_day(declaration.replace('[label]\ncolumn = "label"\n', clicks), write)
+    only = 'over = ["item_id"]\n' + ("" if clicks else 'of = ["clicks"]\n')
+    day = make_day(declaration.replace(LABEL, clicks).replace('over = ["item_id"]\n', only), write)
     alone, together = day.updated("one", 1, *settings), day.updated("many", 2, *settings)
     day.assert_same(together, alone)
     assert [report["notes"] for report in together] == [report["notes"] for report in alone]
