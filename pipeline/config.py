@@ -151,6 +151,10 @@ class TrainingConfig(_Part):
     """Bound of an occurrence, as a multiple of the row's length: r of the paper."""
     cowclip_least: Annotated[float, Field(ge=0)] = 1e-5
     """Least bound of an occurrence, for rows that are nearly zero: zeta of the paper."""
+    share_gradients_every: Annotated[int, Field(ge=0)] = 1
+    """With several processes: 1 adds the dense gradients of all up in every step. With k each process steps by its own rows,
+    and their dense weights are averaged every k steps and at the end of a pass (local SGD, Stich 2019); with 0 at the end
+    alone."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of everything that is drawn: first weights and the order of rows."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 3
@@ -162,6 +166,16 @@ class TrainingConfig(_Part):
             raise ValueError(
                 f"gradient_ema = {self.gradient_ema} with dense_optimizer = '{self.dense_optimizer}' smooths the gradient "
                 "twice; use dense_optimizer 'adagrad' or 'sgd', or gradient_ema 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_of_all(self) -> Self:
+        if self.share_gradients_every != 1 and self.measures_noise:
+            raise ValueError(
+                f"share_gradients_every = {self.share_gradients_every} leaves no gradient of the whole batch, of which "
+                f"batch_policy = '{self.batch_policy}' or a scaling by noise_scale measures the noise scale; use "
+                "share_gradients_every 1, or batch_policy 'fixed' or 'linear_ramp' without such a scaling"
             )
         return self
 

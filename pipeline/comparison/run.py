@@ -8,6 +8,7 @@ them, so that their log loss, taken before every window and at some places in it
 What differs from an update: rows over `window.max_rows`, and rows that a pass did not come to in `budget.seconds`, are not
 learned later; counters and histories know of all rows. `budget.seconds` is learning alone: there is nothing to keep a reserve
 for. Seconds are CPU seconds of this process, so that other work on the machine does not count; on a GPU they are elapsed ones.
+Where several processes train one model, all of them run this side by side, and seconds are added up over them.
 
 Letters: R rows of a window, P rows of the probe.
 """
@@ -193,7 +194,9 @@ class _Entrant:
         """By the weights that an update would publish."""
         learner = self.learner
         with learner.averaged() as dense_weights:
-            return probabilities(learner.model, dense_weights, window.predicted, rows, device=learner.device)
+            return probabilities(
+                learner.model, dense_weights, window.predicted, rows, device=learner.device, processes=learner.processes
+            )
 
     def _learn(self, number: int, window: RecordedWindow) -> tuple[Learned, float, int]:
         learner, clock = self.learner, self._clock
@@ -209,7 +212,7 @@ class _Entrant:
 
         def along(done: int, rows: int) -> None:
             if marks.reached(done):
-                seconds = self._seconds + clock() - started
+                seconds = self._seconds + learner.processes.total(clock() - started)
                 with clock.paused():
                     self._probe(number, passed=done / marks.rows, rows=self._rows + done, seconds=seconds)
 
@@ -223,7 +226,7 @@ class _Entrant:
             stratum_R=sampled.stratum_R,
             kept_R=kept_R,
         )
-        seconds = clock() - started
+        seconds = learner.processes.total(clock() - started)
         self._rows += learned.rows
         self._seconds += seconds
         return learned, seconds, learner.steps - steps_before

@@ -14,6 +14,7 @@ from data_schemas.errors import ConfigError
 from pipeline.comparison.run import StrategyRun, run_strategy
 from pipeline.comparison.strategies import Strategy, refuse_unheeded
 from pipeline.comparison.stream import RecordedWindow
+from pipeline.comparison.together import run_on_processes
 from pipeline.config import UpdateConfig, overridden
 
 
@@ -24,6 +25,8 @@ class Job:
     strategy: str
     config: UpdateConfig
     """The strategy's settings."""
+    recorded_by: UpdateConfig
+    """Those by which the stream was recorded."""
     seed: int
 
 
@@ -34,7 +37,9 @@ def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int) ->
         ConfigError: a strategy's settings are wrong, contradict each other, or would not be heeded; its name is given.
     """
     configs = {strategy.name: _config_of(config, strategy) for strategy in strategies}
-    return [Job(strategy=name, config=own, seed=seed) for seed in range(seeds) for name, own in configs.items()]
+    return [
+        Job(strategy=name, config=own, recorded_by=config, seed=seed) for seed in range(seeds) for name, own in configs.items()
+    ]
 
 
 def run_jobs(
@@ -43,15 +48,16 @@ def run_jobs(
     """Runs of all jobs, as they end.
 
     Args:
-        workers: processes at a time; with 1 all is done in this one.
+        workers: jobs at a time, each in a process; with 1 in this one. A job whose model several processes train starts these
+            besides.
     """
     if workers == 1:
         for job in jobs:
-            yield run_strategy(job.strategy, job.config, spec, stream, seed=job.seed)
+            yield _run(job, spec, stream)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_hold, initargs=(spec, stream)) as pool:
-        waiting = [pool.submit(_run, job) for job in jobs]
+        waiting = [pool.submit(_run_with_held, job) for job in jobs]
         try:
             for done in as_completed(waiting):
                 yield done.result()
@@ -78,6 +84,13 @@ def _hold(spec: DatasetSpec, stream: Sequence[RecordedWindow]) -> None:
     _held.append((spec, stream))
 
 
-def _run(job: Job) -> StrategyRun:
+def _run_with_held(job: Job) -> StrategyRun:
     ((spec, stream),) = _held
-    return run_strategy(job.strategy, job.config, spec, stream, seed=job.seed)
+    return _run(job, spec, stream)
+
+
+def _run(job: Job, spec: DatasetSpec, stream: Sequence[RecordedWindow]) -> StrategyRun:
+    if job.config.processes.count == 1:
+        return run_strategy(job.strategy, job.config, spec, stream, seed=job.seed)
+    hours = stream[-1].end - stream[0].start
+    return run_on_processes(job.strategy, job.config, seed=job.seed, recorded_by=job.recorded_by, hours=hours)

@@ -58,6 +58,16 @@ STRATEGIES = (
 )
 """In the order in which tables and plots show them. A batch of 1 is too slow for all rows: it has a sample of each hour's."""
 
+TOGETHER = tuple(
+    Strategy(
+        name=f"2 processes, {name}",
+        overrides=_fixed(REFERENCE_BATCH, "processes.count=2", f"training.share_gradients_every={every}"),
+    )
+    for name, every in (("synchronous", 1), ("every 16", 16), ("never", 0))
+)
+"""Each with its half of every batch; they share gradients in every step, or weights every 16 steps, or at the end of a window
+alone. Not compared unless named, for they want a processor core for each process."""
+
 
 def chosen(names: Sequence[str] | None, reference: str) -> tuple[Strategy, ...]:
     """The strategies of these names (None: all of the list) in their order; the reference is among them.
@@ -119,7 +129,7 @@ def _strategy(text: str) -> Strategy:
     name, own, settings = text.partition(":")
     if own:
         return Strategy(name=name.strip(), overrides=tuple(settings.split()))
-    known = {strategy.name: strategy for strategy in STRATEGIES}
+    known = {strategy.name: strategy for strategy in (*STRATEGIES, *TOGETHER)}
     if name not in known:
         raise ConfigError(
             f"unknown strategy {name!r}; known are {_listed(known)}; or write one's settings behind its name, such as "

@@ -185,6 +185,7 @@ def learn(
                 learner.finish(chunk)
             rows_done = sum(rows.stop - rows.start for rows in own_rows[:done]) * learner.processes.count
             policy.observe(steps=done, rows=rows_done, seconds=stopwatch.agreed(stopwatch.seconds() - started))
+    learner.end_pass()
     if takes.last_without_rows and not cursor.remaining:
         trace.add_plan(takes.last_without_rows)
     unreached_R = np.zeros(window.num_rows, bool)

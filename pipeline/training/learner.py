@@ -30,6 +30,7 @@ from models.tables import TableLayout
 from pipeline.config import TrainingConfig
 from pipeline.training.batch_size import whole
 from pipeline.training.compilation import Compiled, compiled
+from pipeline.training.local_updates import Sharing
 from pipeline.training.noise_scale import MEASURE_EVERY, NoiseScale, spread_of
 from pipeline.training.optimizers import dense_optimizer, warmed_up
 from pipeline.training.processes import Processes
@@ -75,6 +76,7 @@ class Learner:
         self.precision = precision
         self.device = device
         self.processes = processes or Processes()
+        self.sharing = Sharing(config.share_gradients_every, self.processes)
         self.steps = 0
         """Steps since the model was new."""
         self.micro_batch_size = config.micro_batch
@@ -130,7 +132,7 @@ class Learner:
         measures = self.config.measures_noise and self.steps % MEASURE_EVERY == 0 and self.precision != "fp16"
         pieces, loss_sum, squared_norms = self._gathered(chunk, rows, divisor, measures=measures)
         self._unscale(pieces)
-        self.processes.sum_gradients(list(self.parameters.values()))
+        self.sharing.share_gradients(list(self.parameters.values()))
         if measures:
             self._measure_noise(chunk, pieces, squared_norms)
         log_loss = self.processes.total(float(loss_sum))
@@ -193,8 +195,13 @@ class Learner:
     def dense_weights(self, *, averaged: bool) -> dict[str, torch.Tensor]:
         """The dense weights; their moving average where there is one and it is asked for."""
         if averaged and self.weight_average is not None and self.weight_average.steps:
-            return self.weight_average.averages()
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+            return self.sharing.mean(self.weight_average.averages())
+        return self.sharing.mean({name: parameter.detach() for name, parameter in self.parameters.items()})
+
+    def end_pass(self) -> None:
+        """All processes have one model again, where each has stepped by itself."""
+        if self.sharing.apart:
+            self.sharing.share(self._dense_state())
 
     @contextmanager
     def averaged(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -326,6 +333,15 @@ class Learner:
         self.steps += 1
         if self.weight_average is not None:
             self.weight_average.add(self.parameters, steps=batch_scale)
+        self.sharing.stepped(self.steps, self._dense_state() if self.sharing.local else ())
+
+    def _dense_state(self) -> list[torch.Tensor]:
+        """Everything that the next dense step depends on, but for counts of steps, which are the same in all processes."""
+        of_optimizer = [self.optimizer.state[parameter] for parameter in self.parameters.values()]
+        moments = [held[name] for held in of_optimizer for name in sorted(held) if name != "step"]
+        averages = [average.sums for average in (self.gradient_average, self.weight_average) if average is not None]
+        state = [*self.parameters.values(), *moments, *(total for sums in averages for total in sums.values())]
+        return [tensor for tensor in state if isinstance(tensor, torch.Tensor)]
 
     def _count(self, finite: bool, log_loss: float) -> None:
         overflow_only = not finite and self.precision == "fp16" and math.isfinite(log_loss)

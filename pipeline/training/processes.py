@@ -129,14 +129,14 @@ class Processes:
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Adds the gradients of all processes, in one exchange."""
-        if self.count == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, total in zip(gradients, pieces, strict=True):
-            gradient.copy_(total.view_as(gradient))
+        if self.count > 1:
+            _add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Puts the mean of all processes' tensors, of one type, in the place of each, in one exchange."""
+        if self.count > 1:
+            _add_up(tensors, divisor=self.count)
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """Puts the sum of all processes' tensors in the place of this one."""
@@ -173,6 +173,14 @@ class Processes:
         summed = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(summed)
         return float(summed)
+
+
+def _add_up(tensors: Sequence[torch.Tensor], divisor: int = 1) -> None:
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    pieces = (flat / divisor if divisor > 1 else flat).split([tensor.numel() for tensor in tensors])
+    for tensor, total in zip(tensors, pieces, strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pipeline.comparison import run as running
 from pipeline.comparison.run import ProbePoint, Probing, StrategyRun, WindowRun, run_strategy
 from pipeline.comparison.side_by_side import jobs_of
 from pipeline.comparison.statistics import holm, mean_with_interval, paired_difference
-from pipeline.comparison.strategies import REFERENCE, STRATEGIES, Strategy, chosen, with_gradient_ema
+from pipeline.comparison.strategies import REFERENCE, STRATEGIES, TOGETHER, Strategy, chosen, with_gradient_ema
 from pipeline.comparison.stream import RecordedWindow, recorded_stream
 from pipeline.comparison.summary import Comparison, compare
 from pipeline.config import UpdateConfig, load_config, overridden
@@ -57,14 +57,14 @@ def stream(config: UpdateConfig) -> list[RecordedWindow]:
     return recorded_stream(config, SPEC)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *TOGETHER], ids=lambda strategy: strategy.name)
 def test_every_strategy_of_the_list_is_settings_that_exist_and_agree(strategy) -> None:  # type: ignore[no-untyped-def]
     changed = overridden(load_config(), strategy.overrides)
     assert changed != load_config() or strategy.name == "as set"
 
 
 def test_the_list_has_the_reference_and_no_name_twice() -> None:
-    names = [strategy.name for strategy in STRATEGIES]
+    names = [strategy.name for strategy in (*STRATEGIES, *TOGETHER)]
     assert REFERENCE in names
     assert len(set(names)) == len(names)
 
