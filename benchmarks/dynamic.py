@@ -4,7 +4,8 @@ In:  a recorded stream, and CPU seconds for each window.
 Out: one table: AUC before learning of fixed batches and of `deadline` and `goodput`, and their paired difference from the best
      fixed one, which is picked after all runs by its own mean AUC.
 
-All have the same seconds a window. What a fixed batch does not come to in them is left out; the others plan what to leave out.
+All have the same seconds a window; what the last step takes beyond them, the next window has less. What a fixed batch does not
+come to in them is left out; the others plan what to leave out.
 `--seconds` of 1000 is time enough for everything; little is overload.
 
     python benchmarks/dynamic.py synthetic --seconds 1000

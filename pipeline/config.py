@@ -100,7 +100,7 @@ class TrainingConfig(_Part):
     max_batch_size: Annotated[int, Field(ge=1)] = 8192
     """Largest batch of `linear_ramp`, `deadline` and `goodput`."""
     reference_batch_size: Annotated[int, Field(ge=0)] = 0
-    """The batch that the learning rates were chosen for; 0 for `batch_size`."""
+    """The batch that the learning rates and `weight_ema` were chosen for; 0 for `batch_size`."""
     learning_rate_scaling: RateScaling = "none"
     """How the dense rate follows the batch, from the reference batch: not, in proportion, with its root, or as far as the
     measured gradient noise scale says (McCandlish et al. 2018)."""
@@ -139,7 +139,7 @@ class TrainingConfig(_Part):
     gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of dense gradients; 0 for none. Needs an optimizer without momentum of its own."""
     weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """Decay of the moving average of dense weights that is evaluated and published; 0 for none."""
+    """Decay of the moving average of dense weights that is evaluated and published, in steps of the reference batch; 0: off."""
     sparse_gradient_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the gradients of table rows, a sparse step; 0 for none. As much memory as the tables."""
     sparse_weight_ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -183,6 +183,12 @@ class TrainingConfig(_Part):
     def reference(self) -> int:
         """The reference batch in force."""
         return self.reference_batch_size or self.batch_size
+
+    def batch_scale(self, batch_size: int) -> float:
+        """A batch over the reference batch; 1 for a ramp without a reference of its own, which grows to take smaller steps."""
+        if self.batch_policy == "linear_ramp" and not self.reference_batch_size:
+            return 1.0
+        return batch_size / self.reference
 
     @property
     def smallest_batch(self) -> int:

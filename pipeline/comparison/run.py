@@ -7,7 +7,8 @@ them, so that their log loss, taken before every window and at some places in it
 
 What differs from an update: rows over `window.max_rows`, and rows that a pass did not come to in `budget.seconds`, are not
 learned later; counters and histories know of all rows. `budget.seconds` is learning alone: there is nothing to keep a reserve
-for. Seconds are CPU seconds of this process, so that other work on the machine does not count; on a GPU they are elapsed ones.
+for; what the last step of a window takes beyond it, the next window has less, so that all strategies have the same seconds.
+Seconds are CPU seconds of this process, so that other work on the machine does not count; on a GPU they are elapsed ones.
 Where several processes train one model, all of them run this side by side, and seconds are added up over them.
 
 Letters: R rows of a window, P rows of the probe.
@@ -158,7 +159,7 @@ class _Entrant:
         self._probe_rows: I64 = np.random.default_rng(0).permutation(probe.num_rows)[: probing.rows]
         self._clock = _LearningClock(self.learner.device)
         self._fit = StepTimeFit()
-        self._rows, self._seconds = 0, 0.0
+        self._rows, self._seconds, self._owed = 0, 0.0, 0.0
         self.windows: list[WindowRun] = []
         self.probe: list[ProbePoint] = []
 
@@ -202,7 +203,7 @@ class _Entrant:
         learner, clock = self.learner, self._clock
         if window.fresh_rows:
             learner.model.tables.start_rows(window.fresh_rows, like=SHARED_ROW, add_up=learner.processes.add_up)
-        started, steps_before = clock(), learner.steps
+        started, steps_before, budget = clock(), learner.steps, self._config.budget.seconds
         seed = (self._config.training.seed, window.end)
         sampled = sample_window(self._config.sampling, window.examples, window.learned, self._spec, seed=seed)
         kept_R = _capped(sampled.kept_R, window.num_rows, self._config.window.max_rows, seed)
@@ -221,12 +222,14 @@ class _Entrant:
             sampled.window,
             seed=seed,
             policy=self._policy(),
-            deadline=Deadline(started=started, budget_seconds=self._config.budget.seconds, reserve_seconds=0.0, clock=clock),
+            deadline=Deadline(started=started - self._owed, budget_seconds=budget, reserve_seconds=0.0, clock=clock),
             progress=along,
             stratum_R=sampled.stratum_R,
             kept_R=kept_R,
         )
-        seconds = learner.processes.total(clock() - started)
+        own_seconds = clock() - started
+        self._owed = max(self._owed + own_seconds - budget, 0.0)
+        seconds = learner.processes.total(own_seconds)
         self._rows += learned.rows
         self._seconds += seconds
         return learned, seconds, learner.steps - steps_before

@@ -3,9 +3,10 @@
 Enters: how far the pass is, the seconds left, and what was measured. Leaves: a `Decision`; the sequence of changed decisions is
 the plan trace, which replays.
 
-With a step of b rows taking `f + d*b` seconds and a row of it worth `1 / (1 + b/N)` ideal ones (N the gradient noise scale,
-McCandlish et al. 2018), progress a second is greatest at `b* = sqrt(N*f/d)`; Qiao et al. 2021 (Pollux) call it goodput. Here it
-is planned anew inside a pass, against its deadline.
+With a step of b rows taking `f + d*b` seconds and a row of it worth `1 / (1 + b/N)` ideal ones to the dense network (N its
+gradient noise scale, McCandlish et al. 2018), the dense network's progress a second is greatest at `b* = sqrt(N*f/d)`; Qiao et
+al. 2021 (Pollux) call it goodput. Here it is planned anew inside a pass, against its deadline. We depart in one thing: a table
+row meets few examples of a batch, whatever its size, so that to the tables a row is worth the same in every batch (`worth`).
 """
 
 import math
@@ -20,6 +21,9 @@ from pipeline.training.step_time import StepTime, StepTimeFit
 
 FLOOR_SHARE = 9
 """In a batch of N/9 a row gains less than 10 % from a smaller one."""
+TABLES_SHARE = 0.5
+"""Of what a row teaches, what it teaches table rows. Batches of 16 and 32 times the reference learn from the same rows what a
+half to two thirds as many would teach one by one (docs/budget.md), where the dense noise scale alone says a third and less."""
 PLANNED_SHARE = 0.97
 """Of the seconds left, so that a small disturbance does not leave rows unreached."""
 CALM_SHARE = 0.85
@@ -97,6 +101,26 @@ class RecordedPlan:
 
     def observe(self, *, steps: int, rows: int, seconds: float) -> None:
         """Nothing depends on it."""
+
+
+def worth(batch_size: float, noise_scale: float) -> float:
+    """What a row teaches in a batch, as a share of what it would alone: half of it goes to the tables, in every batch.
+
+    >>> worth(3000, 3000.0), round(worth(1e12, 3000.0), 6)
+    (0.75, 0.5)
+    """
+    return TABLES_SHARE + (1 - TABLES_SHARE) / (1 + batch_size / noise_scale)
+
+
+def quickest_batch(noise_scale: float, step_time: StepTime) -> float:
+    """The batch with the greatest progress a second, `b * worth(b) / (f + d*b)`; infinite where that grows without end.
+
+    With s for `TABLES_SHARE` its derivative is zero where `((1-s)*N*d - s*f) * b^2 - 2*s*N*f*b - f*N^2 = 0`; with s = 0 that
+    is `sqrt(N*f/d)`.
+    """
+    n, s, f, d = noise_scale, TABLES_SHARE, step_time.fixed_seconds, step_time.row_seconds
+    bend = (1 - s) * n * d - s * f
+    return n * (s * f + math.sqrt((s * f) ** 2 + bend * f)) / bend if bend > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +229,7 @@ def best_size(
         return remaining * f / spare if spare > 0 else math.inf
 
     needed, calm = sees_all(seconds_left), sees_all(CALM_SHARE * seconds_left)
-    best = max(math.sqrt(noise_scale * f / d), smallest)
+    best = max(quickest_batch(noise_scale, step_time), smallest)
     if needed <= min(best, largest):
         size = allowed(max(needed, min(calm, best), min(noise_scale / FLOOR_SHARE, reference), smallest))
         return Size(

@@ -173,7 +173,7 @@ def learn(
                         rows,
                         divisor=len(batch.rows) * mean_weight / batch.decision.keep_rate,
                         learning_rate=batch.decision.learning_rate,
-                        batch_scale=batch.decision.batch_size / learner.config.reference,
+                        batch_scale=learner.config.batch_scale(batch.decision.batch_size),
                     )
                 trace.add(batch, result, seconds=stopwatch.seconds())
                 takes.learned(batch)

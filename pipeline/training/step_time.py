@@ -8,7 +8,7 @@ kept apart, as `pace`: a plan made with it counts on as many of them as there we
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,11 +16,18 @@ import numpy as np
 QUANTILE = 0.25
 """Of the seconds of like steps: it stays undisturbed while less than three quarters of them are."""
 KEPT = 256
-"""Latest measurements that set the scale."""
+"""Measurements that set the scale."""
+PRIOR_COUNTS = 16
+"""Measurements of each size that an earlier update's line counts as."""
+REMEMBERED = 120.0
+"""Seconds of learning that they are spread over at most: less than three quarters of them lie in a stall of a minute."""
 REFIT_EVERY = 8
 """Measurements from one fit to the next."""
 KEPT_A_SIZE = 64
-"""Latest measurements of one batch size, which set the ratio of f to d."""
+"""Measurements of one batch size, which set the ratio of f to d."""
+STALLED = 1.25
+"""Steps that take so many times what the line says do not tell f from d: a size that is first taken in a stall would look dear.
+Where it is no stall, the scale follows, and they tell again."""
 LEAST_ROW_SHARE = 0.01
 """Of the seconds of a step that its rows are taken to cost at least, whatever the clock says."""
 PACE_MEMORY = 20.0
@@ -46,19 +53,21 @@ class StepTime:
         return StepTime(fixed_seconds=self.fixed_seconds * factor, row_seconds=self.row_seconds * factor)
 
 
-def line_through(seconds_by_size: Mapping[int, float]) -> StepTime:
-    """The line with the least relative error, with f >= 0 and d > 0.
+def line_through(seconds_by_size: Mapping[int, float], weights: Sequence[float] | None = None) -> StepTime:
+    """The line with the least mean square of relative errors, with f >= 0 and d > 0.
 
     >>> line_through({100: 0.003, 300: 0.005})
     StepTime(fixed_seconds=0.002, row_seconds=1e-05)
 
     Args:
         seconds_by_size: at least one; with a single size all of its cost counts as cost of rows.
+        weights: of the sizes, in their order; the same for all where they are not given.
     """
     sizes, seconds = (np.array(list(part), float) for part in (seconds_by_size.keys(), seconds_by_size.values()))
     if len(sizes) > 1:
         design = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
-        fixed, row = np.linalg.lstsq(design, np.ones_like(sizes), rcond=None)[0]
+        root = np.sqrt(np.ones_like(sizes) if weights is None else np.array(weights, float))
+        fixed, row = np.linalg.lstsq(design * root[:, None], root, rcond=None)[0]
         if row * sizes.mean() < LEAST_ROW_SHARE * seconds.mean():
             least = LEAST_ROW_SHARE * seconds
             return StepTime(fixed_seconds=float((seconds - least).mean()), row_seconds=float((least / sizes).mean()))
@@ -75,8 +84,8 @@ class StepTimeFit:
     """As an earlier update measured it."""
     pace: float = 1.0
     """Seconds that steps took over those of undisturbed steps, at least 1."""
-    _latest: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
-    _by_size: dict[int, deque[float]] = field(default_factory=dict)
+    _latest: "_Spread" = field(default_factory=lambda: _Spread(KEPT))
+    _by_size: dict[int, "_Spread"] = field(default_factory=dict)
     _steps_of: dict[int, int] = field(default_factory=dict)
     _line: StepTime | None = None
     _added: int = 0
@@ -90,9 +99,11 @@ class StepTimeFit:
         if steps < 1 or rows < 1 or seconds <= 0:
             return
         size = rows / steps
-        self._latest.append((size, seconds / steps))
-        self._by_size.setdefault(round(size), deque(maxlen=KEPT_A_SIZE)).append(seconds / steps)
-        self._steps_of[round(size)] = self._steps_of.get(round(size), 0) + steps
+        stalled = self.known and seconds > STALLED * steps * self.line.seconds(size)
+        self._latest.add(size, seconds / steps, took=seconds)
+        if not stalled:
+            self._by_size.setdefault(round(size), _Spread(KEPT_A_SIZE)).add(size, seconds / steps, took=seconds)
+            self._steps_of[round(size)] = self._steps_of.get(round(size), 0) + steps
         self._added += 1
         if self._added <= REFIT_EVERY or self._added % REFIT_EVERY == 0:
             self._line = None
@@ -101,7 +112,7 @@ class StepTimeFit:
     @property
     def measured(self) -> bool:
         """Whether the line is more than an earlier one, and f and d can be told apart."""
-        return bool(self._latest) and self.known
+        return bool(self._latest.kept) and self.known
 
     @property
     def known(self) -> bool:
@@ -119,26 +130,39 @@ class StepTimeFit:
         """Batch sizes that were measured, the smallest first, each with the line by which no smaller batch takes longer: all of
         its cost is taken as that of a step."""
         for size, seconds in sorted(self._by_size.items()):
-            low = _low(seconds)
+            low = seconds.low()
             yield size, StepTime(fixed_seconds=low, row_seconds=LEAST_ROW_SHARE * low / size)
 
     def _fitted(self) -> StepTime:
         shape = self._shape()
-        if not self._latest:
+        if not self._latest.kept:
             return shape
-        return shape.slower(_low([seconds / shape.seconds(size) for size, seconds in self._latest]))
+        return shape.slower(_low([seconds / shape.seconds(size) for size, seconds in self._latest.kept]))
 
     def _shape(self) -> StepTime:
         """f and d up to a common factor."""
         if _apart(typical := self._typical()):
-            return line_through(typical)
+            return line_through(*self._with_prior(typical))
         if self.prior is not None:
             return self.prior
-        return line_through({size: _low(seconds) for size, seconds in self._by_size.items()})
+        return line_through({size: of.low() for size, of in self._by_size.items()})
+
+    def _with_prior(self, typical: Mapping[int, float]) -> tuple[dict[int, float], list[float]]:
+        """The sizes with their numbers of measurements; and the earlier line at today's scale, for `PRIOR_COUNTS` of each: a
+        size that was met a few times only, when all was slow, does not upset it."""
+        if self.prior is None:
+            return dict(typical), [len(self._by_size[size].kept) for size in typical]
+        scale = _low([seconds / self.prior.seconds(size) for size, seconds in self._latest.kept])
+        mean, weights = {}, []
+        for size, seconds in typical.items():
+            count, before = len(self._by_size[size].kept), scale * self.prior.seconds(size)
+            mean[size] = (count * seconds + PRIOR_COUNTS * before) / (count + PRIOR_COUNTS)
+            weights.append(count + PRIOR_COUNTS)
+        return mean, weights
 
     def _typical(self) -> dict[int, float]:
         """Seconds by batch size, of those of which at least two steps were measured."""
-        return {size: _low(seconds) for size, seconds in self._by_size.items() if self._steps_of[size] > 1}
+        return {size: of.low() for size, of in self._by_size.items() if self._steps_of[size] > 1}
 
     def pace_over(self, seconds: float) -> float:
         """Expected mean pace of the coming `seconds`, at least 1: today's, which returns to that of the whole pass.
@@ -160,6 +184,45 @@ class StepTimeFit:
         self._took, self._expected = keep * self._took + took, keep * self._expected + expected
         self.pace = max(self._took / self._expected, 1.0)
         self._took_in_all, self._expected_in_all = self._took_in_all + took, self._expected_in_all + expected
+
+
+@dataclass
+class _Spread:
+    """So many measurements at most, evenly spread over the latest seconds of learning: all of them while they are few."""
+
+    most: int
+    kept: deque[tuple[float, float]] = field(default_factory=deque)
+    """Rows and seconds of a step."""
+    _at: deque[float] = field(default_factory=deque)
+    _now: float = 0.0
+    _apart: float = 0.0
+    """Seconds between two that are kept, at least."""
+
+    def add(self, size: float, seconds: float, *, took: float) -> None:
+        """Keeps it, where enough time went by."""
+        self._now += took
+        if self._at and self._now - self._at[-1] < self._apart:
+            return
+        self._at.append(self._now)
+        self.kept.append((size, seconds))
+        if len(self.kept) > self.most:
+            self._thin()
+
+    def low(self) -> float:
+        """The low quantile of the seconds."""
+        return _low(seconds for _, seconds in self.kept)
+
+    def _thin(self) -> None:
+        self._apart = min(2 * (self._now - self._at[0]), REMEMBERED) / self.most
+        kept, at = deque[tuple[float, float]](), deque[float]()
+        for when, measured in zip(self._at, self.kept, strict=True):
+            if not at or when - at[-1] >= self._apart:
+                at.append(when)
+                kept.append(measured)
+        if len(kept) > self.most:
+            kept.popleft()
+            at.popleft()
+        self.kept, self._at = kept, at
 
 
 def _apart(seconds_by_size: Mapping[int, float]) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_schemas.errors import ConfigError
 from pipeline.config import TrainingConfig, load_config
-from pipeline.training.batch_size import BatchPolicy, Decision, Size, batch_policy, best_size, whole
+from pipeline.training.batch_size import BatchPolicy, Decision, Size, batch_policy, best_size, quickest_batch, whole, worth
 from pipeline.training.budget import Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.step_time import StepTime, StepTimeFit
 
@@ -37,15 +37,27 @@ def test_with_time_enough_no_noise_scale_asks_for_more_than_the_reference() -> N
 
 def test_overload_is_answered_as_the_design_has_it() -> None:
     """N=3000, f=2 ms, d=1/60000 s, T=100 s, 5.9 M rows."""
-    best = (3000 * 0.002 * 60_000) ** 0.5
     goodput, deadline = _size(remaining=5_900_000), _size("deadline", remaining=5_900_000)
-    assert goodput.batch_size == pytest.approx(best, abs=64)
-    assert goodput.keep_rate * 5_900_000 == pytest.approx(100 * best / (0.002 + best / 60_000), rel=0.02)
+    assert goodput.batch_size == pytest.approx(quickest_batch(3000, TIME), abs=64)
+    assert goodput.keep_rate * 5_900_000 == pytest.approx(100 * goodput.batch_size / TIME.seconds(goodput.batch_size))
     assert deadline.keep_rate == 1
     assert deadline.batch_size == pytest.approx(5_900_000 * 0.002 / (100 - 5_900_000 / 60_000), rel=0.02)
-    worth = {size: size.keep_rate * 5.9 / (1 + size.batch_size / 3000) for size in (goodput, deadline)}
-    assert worth[goodput] == pytest.approx(4.2, abs=0.1)
-    assert worth[deadline] == pytest.approx(1.8, abs=0.1)
+    million = {size: size.keep_rate * 5.9 * worth(size.batch_size, 3000) for size in (goodput, deadline)}
+    assert million[goodput] == pytest.approx(4.7, abs=0.1)
+    assert million[deadline] == pytest.approx(3.8, abs=0.1)
+
+
+@pytest.mark.parametrize("noise_scale", [300.0, 3000.0, 1e5])
+def test_no_other_batch_gains_more_a_second_than_the_quickest(noise_scale: float) -> None:
+    def gain(rows: float) -> float:
+        return rows * worth(rows, noise_scale) / TIME.seconds(rows)
+
+    quickest = quickest_batch(noise_scale, TIME)
+    assert all(gain(quickest) > gain(factor * quickest) for factor in (0.1, 0.9, 0.99, 1.01, 1.1, 10))
+
+
+def test_where_steps_cost_most_of_the_time_the_quickest_batch_has_no_bound() -> None:
+    assert quickest_batch(100.0, TIME) == float("inf")
 
 
 def test_deadline_leaves_rows_out_only_beyond_the_largest_batch() -> None:
@@ -150,6 +162,19 @@ def test_a_stall_leaves_a_long_plan_nearly_whole() -> None:
         learned += decision.batch_size
     assert position >= rows
     assert learned > 0.995 * rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"batch_policy": "fixed", "batch_size": 512}, 1.0),
+        ({"batch_policy": "fixed", "batch_size": 512, "reference_batch_size": 128}, 4.0),
+        ({"batch_policy": "goodput", "batch_size": 128}, 4.0),
+        ({"batch_policy": "linear_ramp", "batch_size": 128}, 1.0),
+    ],
+)
+def test_a_batch_is_measured_by_the_reference_batch(settings: dict[str, Any], scale: float) -> None:
+    assert TrainingConfig(**settings).batch_scale(512) == scale
 
 
 def test_a_jump_in_the_batch_warms_the_rate_up() -> None:

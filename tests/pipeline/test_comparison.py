@@ -5,6 +5,7 @@ import io
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.evaluation.metrics import measure
 from pipeline.publishing.comparison_plots import comparison_plots
 from pipeline.publishing.comparison_report import as_csv, as_markdown, in_words
+from pipeline.training.learner import Learner, StepResult
 from pipeline.update import run_update
 
 HOURS = 5
@@ -177,6 +179,24 @@ def test_rows_that_a_pass_does_not_come_to_are_counted(config: UpdateConfig, str
     done = run_strategy("hurried", hurried, SPEC, stream, seed=0)
     assert [window.rows_learned for window in done.windows] == [0] * HOURS
     assert [window.rows_left for window in done.windows[:-1]] == [window.num_rows for window in stream[:-1]]
+
+
+def test_seconds_that_a_window_ran_over_are_those_of_later_ones(
+    config: UpdateConfig, stream: list[RecordedWindow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step takes one second, and each window has half a second."""
+    now = [0.0]
+    step = Learner.step
+
+    def slow(*args: Any, **kwargs: Any) -> StepResult:
+        now[0] += 1.0
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Learner, "step", slow)
+    monkeypatch.setattr(running._LearningClock, "_raw", lambda self: now[0])
+    halves = overridden(config, ["budget.seconds=0.5", "training.batch_size=16"])
+    done = run_strategy("half a step a window", halves, SPEC, stream, seed=0)
+    assert [window.steps for window in done.windows[:4]] == [1, 0, 1, 0]
 
 
 def test_the_probe_is_measured_before_and_along_every_window_that_is_learned(
