@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
 from pipeline.training.processes import Processes
 from pipeline.training.replay import ReplayMemory
-from pipeline.training.sharding import shard_tables
+from pipeline.training.sharding import spread_tables
 from pipeline.training.smoothing import MovingAverage
 from sampling.plan import SamplingPlan, as_table
 
@@ -388,9 +389,18 @@ def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> N
 
 
 def _model(
-    config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device, *, gated: bool = False
+    config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device, *, gated: bool = False, new: bool
 ) -> CtrModel:
-    model = build_model(
+    spread = partial(
+        spread_tables,
+        processes=processes,
+        device=device,
+        sharding=config.processes.sharding,
+        sparse_optimizer=config.training.sparse_optimizer,
+        seed=config.training.seed,
+        new=new,
+    )
+    return build_model(
         architecture(config.model, gated=gated),
         table_layout(spec),
         num_dense=num_dense_columns(spec),
@@ -400,14 +410,13 @@ def _model(
         wide_beta=config.training.wide_beta,
         device=device,
         seed=config.training.seed,
+        spread=spread,
     )
-    model.tables = shard_tables(model.tables, processes, device)
-    return model
 
 
 def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     device = default_device()
-    model = _model(config, spec, processes, device)
+    model = _model(config, spec, processes, device, new=True)
     precision = processes.from_first(
         lambda: choose_precision(
             config.training.precision,
@@ -438,7 +447,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     dense = load_dense(config.model_dir, manifest)
     before, after = table_layout(trained_on), table_layout(spec)
     gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.head_keys != after.head_keys)
-    model = _model(config, spec, processes, device, gated=gated)
+    model = _model(config, spec, processes, device, gated=gated, new=trained_on.fingerprint() != spec.fingerprint())
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
@@ -554,7 +563,7 @@ def _load_dense_tensors(learner: Learner, manifest: Manifest, tensors: Mapping[s
         average.load(sums, manifest.average_steps[kind])
     for kind, of_rows in learner.sparse_step.averages().items():
         if kind in manifest.average_steps:
-            of_rows.load(_starting_with(f"{kind}.", tensors), manifest.average_steps[kind])
+            of_rows.load(_starting_with(f"{kind}.", tensors), round(manifest.average_steps[kind]))
     if manifest.loss_scale and learner.precision == "fp16":
         learner.scaler.load_state_dict(dict(manifest.loss_scale))
     learner.steps = manifest.steps

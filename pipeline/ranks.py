@@ -60,15 +60,15 @@ def on_processes(config: UpdateConfig, work: Callable[[Update], T]) -> T | None:
         GroupFailed: a process was lost, or they did not come together; the message says which, why and the way out.
         ConfigError: not all of them have the same settings, code and data set.
     """
-    if dist.is_initialized():
-        return work(run_update)
+    assert not dist.is_initialized(), "inside a group, call the function that work was given, or run_update in every process"
     patience = Patience(join_seconds=config.processes.join_seconds, stall_seconds=config.processes.stall_seconds)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with joined(patience) as processes:
             _require_same(config, processes)
-            group = _Group(processes, _Neighbours(processes))
+            neighbours = _Neighbours(processes)
+            group = _Group(processes, neighbours)
             if processes.is_first:
-                with _told_to_end():
+                with _told_to_end(neighbours):
                     return group.lead(work)
             group.follow(config)
             return None
@@ -100,23 +100,25 @@ class _Group:
         self._processes = processes
         self._others = others
         self._idle = dist.new_group(backend="gloo", timeout=IDLE)
-        self._updating = False
+        self._listen = True
+        """Whether the others wait for a word."""
 
     def lead(self, work: Callable[[Update], T]) -> T:
         """Does `work`, and lets the others go."""
         try:
             result = work(self._update)
+            self._let_go()
         except Exception as error:
-            if not self._updating or were_told(error):
+            if self._listen or were_told(error):
                 self._let_go()
-            elif not isinstance(error, TidemarkError) or isinstance(error, GroupFailed):
+            elif not isinstance(error, TidemarkError):
                 self._blame(error)
             raise
-        self._let_go()
         return result
 
     def follow(self, config: UpdateConfig) -> None:
         """Takes part in each update, until the first process lets go, or fails in what it does alone."""
+        logging.getLogger("pipeline").setLevel(logging.CRITICAL)  # the first one says the same
         try:
             while self._say("") == "update":
                 try:
@@ -130,14 +132,15 @@ class _Group:
             raise
 
     def _update(self, config: UpdateConfig, **more: Any) -> UpdateReport | None:
+        self._listen = False
         self._say("update")
-        self._updating = True
         report = run_update(config, spent_seconds=_begin_attempt(config), **more)
-        self._updating = False
+        self._listen = True
         _end_attempt(config)
         return report
 
     def _let_go(self) -> None:
+        self._listen = False
         self._say("end")
         dist.barrier()
 
@@ -205,7 +208,7 @@ def _sharing_cores(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _told_to_end() -> Iterator[None]:
+def _told_to_end(neighbours: _Neighbours) -> Iterator[None]:
     """Under torchrun: when another process fails, it ends this one; that becomes an error with a reason."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -213,7 +216,8 @@ def _told_to_end() -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is time to tell: torchrun waits for 30 s
-        raise GroupFailed(f"the launcher ended the job, as it does when a process fails or the time is up; {WAY_OUT}")
+        reason = neighbours.reason(0.0) or "the launcher ended the job, as it does when a process fails or the time is up"
+        raise GroupFailed(f"{reason}; {WAY_OUT}")
 
     before = signal.signal(signal.SIGTERM, end)
     yield
@@ -226,7 +230,7 @@ def _begin_attempt(config: UpdateConfig) -> float:
     if job is None:
         return 0.0
     path = config.model_dir / STARTED
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and path.is_file():
         try:
             note = json.loads(path.read_bytes())
             if note["job"] == job:
@@ -263,6 +267,32 @@ def _require_same(config: UpdateConfig, processes: Processes) -> None:
                     f"process {rank} on {host} has {name} = {other.get(name)!r}, and the first {first.get(name)!r}; start all "
                     "with the same command line, settings file, environment and code"
                 )
+    _require_shared(config, processes)
+
+
+def _require_shared(config: UpdateConfig, processes: Processes) -> None:
+    """Raises `ConfigError` in all processes where one does not see the model's folder of the first."""
+    token = config.model_dir / processes.from_first(lambda: _leave_token(config.model_dir))
+    sees, deadline = token.is_file(), time.monotonic() + config.processes.join_seconds / 2
+    while not sees and time.monotonic() < deadline:  # a network file system may take a while to show it
+        time.sleep(0.2)
+        sees = token.is_file()
+    blind = [(rank, host) for rank, (host, sees) in enumerate(processes.gather((socket.gethostname(), sees))) if not sees]
+    if processes.is_first:
+        token.unlink()
+    for rank, host in blind:
+        kind = ConfigError if processes.is_first else StoppedByFirst
+        raise kind(
+            f"process {rank} on {host} does not see what the first writes into {config.model_dir}; give all of them one "
+            "state_dir on a file system that they share"
+        )
+
+
+def _leave_token(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"shared-{os.getpid()}-{time.time_ns()}"
+    (folder / name).touch()
+    return name
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from data_schemas.examples import I64
 from sampling.minibatches import BatchCursor
-from sampling.strata import F64, I32, keep_rates
+from sampling.strata import F64, I32, Shape, keep_rates
 
 _LAST_WORD = 7
 """Sets the permanent numbers apart from the order, which the same seed gives."""
@@ -24,23 +24,25 @@ _LAST_WORD = 7
 
 @dataclass(frozen=True)
 class Thinning:
-    """Rates are taken from the strata by their roots, so that rare strata are kept longest."""
+    """The rarer a stratum, the longer it is kept."""
 
     chance_R: npt.NDArray[np.float64]
     """Uniform in [0, 1), permanent."""
     stratum_R: I32
     counts_S: I64
+    shape: Shape = "sqrt"
+    """How what is kept is spread over strata."""
 
     @classmethod
-    def of(cls, num_rows: int, *, seed: Sequence[int], stratum_R: I32 | None = None) -> "Thinning":
+    def of(cls, num_rows: int, *, seed: Sequence[int], stratum_R: I32 | None = None, shape: Shape = "sqrt") -> "Thinning":
         """The same seed gives the same numbers; one stratum where none are given."""
         strata = np.zeros(num_rows, np.int32) if stratum_R is None else stratum_R
         chance_R = np.random.default_rng([*seed, _LAST_WORD]).random(num_rows)
-        return cls(chance_R, strata, np.bincount(strata).astype(np.int64))
+        return cls(chance_R, strata, np.bincount(strata).astype(np.int64), shape)
 
     def rates(self, keep_rate: float) -> F64:
         """`[S]` by which `keep_rate` of all rows are expected to be kept."""
-        return keep_rates(self.counts_S, keep_rate, "sqrt")
+        return keep_rates(self.counts_S, keep_rate, self.shape)
 
     def next_rows(self, cursor: BatchCursor, batch_size: int, keep_rate: float) -> tuple[I64, F64]:
         """The next rows to learn, and the inclusion probability of each; the cursor passes those that are left out.

@@ -67,18 +67,19 @@ class _Stream:
     """Impressions of the item, one hour later."""
 
 
-def run(hours: int, rows: int, seeds: int) -> None:
-    """Each seed is a stream and a model of its own."""
+def run(hours: int, rows: int, seeds: int, override: str) -> None:
+    """Each seed is a stream and a model of its own; all models have the setting `override`, where there is one."""
+    overrides = [override] if override else []
     figures: dict[Law, dict[str, list[tuple[float, ...]]]] = {law: {name: [] for name in SAMPLINGS} for law in get_args(Law)}
     for seed in range(seeds):
         stream = _stream(hours, rows, seed)
-        before = {name: _trained(stream, sampling, seed) for name, sampling in SAMPLINGS.items()}
+        before = {name: _trained(stream, sampling, seed, *overrides) for name, sampling in SAMPLINGS.items()}
         without = _others(before[ALL_ROWS].after(stream.ordinary[-2], stream.fresh["audience"]), stream)
         for law, lines in figures.items():
             for name, trained in before.items():
                 lines[name].append(_figures(trained.after(stream.burst[law], stream.fresh[law]), stream, law, without))
     for law, lines in figures.items():
-        title = f"law {law}: an item with {SHARE:.0%} of an hour's {rows / (1 - SHARE):,.0f} rows, {seeds} seeds"
+        title = f"law {law}: an item with {SHARE:.0%} of an hour's {rows / (1 - SHARE):,.0f} rows, {seeds} seeds {override}"
         _print_table(title, lines)
 
 
@@ -136,9 +137,9 @@ class _Trained:
         return _Learned(model=model, encoder=encoder, hour=hour, sampled=sampled, until_learned=until)
 
 
-def _trained(stream: _Stream, sampling: SamplingConfig, seed: int) -> _Trained:
+def _trained(stream: _Stream, sampling: SamplingConfig, seed: int, *overrides: str) -> _Trained:
     spec = synthetic_spec()
-    model, encoder = Model(spec, sampling, seed), Encoder(spec)
+    model, encoder = Model(spec, sampling, seed, *overrides), Encoder(spec)
     for examples in stream.ordinary[:-2]:
         hour = encoder.encoded(examples)
         model.learn(hour)

@@ -48,7 +48,7 @@ def probabilities(
         inputs = (model.layout.with_history(pooled.deep_BS, batch.history_row_B), pooled.wide_BW, batch.dense_BN)
         logits_B = torch.func.functional_call(model.net, dict(dense_weights), inputs)
         own = torch.sigmoid(logits_B.double()).float().cpu().numpy()
-        scored.append(processes.concatenated(own)[: len(together)])
+        scored.append(processes.concatenated_array(own)[: len(together)])
     return np.concatenate(scored)
 
 

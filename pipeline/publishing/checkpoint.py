@@ -127,7 +127,7 @@ class Manifest(_Saved):
     """Changes with everything that changes the shape of a weight or of an optimizer's state."""
     precision: Literal["fp32", "bf16", "fp16"]
     steps: int
-    average_steps: Mapping[str, int] = {}
+    average_steps: Mapping[str, float] = {}
     """Observations in each moving average."""
     loss_scale: Mapping[str, float] = {}
     """State of the gradient scaler; only with fp16."""
@@ -496,7 +496,8 @@ def _describe(folder: Path, content: Content, file: str) -> Part:
 
 
 def _by_key(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
-    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in tables.slices()}
+    pieces = () if tables.saved_elsewhere else tables.slices()
+    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in pieces}
 
 
 def _files(model_dir: Path, manifest: Manifest, content: str) -> Iterator[Path]:

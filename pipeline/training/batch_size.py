@@ -29,6 +29,8 @@ PLANS = 200
 WORTH_CHANGING = 0.1
 """A batch that could be smaller by less than this share stays as it is."""
 LEAST_KEEP_RATE = 1e-4
+NEAR = 1.1
+"""Batches are split evenly, so that a step has somewhat fewer rows than planned: this much longer it takes at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,8 @@ class Size:
     batch_size: int
     keep_rate: float = 1.0
     reason: str
+    all_rows: bool = False
+    """There is time for all rows at a batch that gains enough."""
 
 
 class Sizes(Protocol):
@@ -204,7 +208,9 @@ def best_size(
     best = max(math.sqrt(noise_scale * f / d), smallest)
     if needed <= min(best, largest):
         size = allowed(max(needed, min(calm, best), min(noise_scale / FLOOR_SHARE, reference), smallest))
-        return Size(batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains")
+        return Size(
+            batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains", all_rows=True
+        )
     if how == "goodput":
         size = allowed(best)
         why = f"short of time; {size:,} gains most a second"
@@ -240,12 +246,12 @@ class PlannedSize:
         if self._current is not None and self._planned_chunk == self._chunks:
             return self._current
         due = self._current is None or position - self._planned_at >= (position + remaining) / PLANS
-        if not self.fit.known:
-            self._current = self._probe()
-        elif due or self._current is None or self._current.reason == _PROBE:
-            self._current = self._settled(self._plan(remaining, seconds_left))
-        else:
+        if self._current is not None and not due and self._current.reason != _PROBE:
             return self._current
+        if self.fit.known:
+            self._current = self._settled(self._plan(remaining, seconds_left, self.fit.line))
+        else:
+            self._current = self._unmeasured(remaining, seconds_left)
         self._planned_at, self._planned_chunk = position, self._chunks
         return self._current
 
@@ -255,14 +261,28 @@ class PlannedSize:
         if self._chunks > 1:
             self.fit.add(steps=steps, rows=rows, seconds=seconds)
 
+    def _unmeasured(self, remaining: int, seconds_left: float) -> Size:
+        """While the cost of a step and that of a row cannot be told apart: where there is time enough even if rows cost
+        nothing, so that a smaller batch costs most, they need not be; else they are measured.
+        """
+        for size, line in self.fit.slowest_lines():
+            plan = self._plan(remaining, seconds_left, line.slower(NEAR))
+            if plan.all_rows and plan.batch_size <= min(NEAR * size, self._base):
+                return self._settled(plan)
+        return self._probe()
+
+    @property
+    def _base(self) -> int:
+        return min(max(whole(self.reference, self.micro_batch), self.smallest), self.largest)
+
     def _probe(self) -> Size:
         """Two sizes in turn, until the cost of a step and that of a row can be told apart."""
-        base = min(max(whole(self.reference, self.micro_batch), self.smallest), self.largest)
+        base = self._base
         other = 2 * base if 2 * base <= self.largest else max(whole(base / 2, self.micro_batch), 1)
-        return Size(batch_size=base if self._chunks % 2 == 0 else other, reason=_PROBE)
+        return Size(batch_size=other if self._chunks and self._chunks % 2 == 0 else base, reason=_PROBE)
 
-    def _plan(self, remaining: int, seconds_left: float) -> Size:
-        step_time = self.fit.line.slower(self.fit.pace)
+    def _plan(self, remaining: int, seconds_left: float, line: StepTime) -> Size:
+        step_time = line.slower(self.fit.pace_over(seconds_left))
         measured = self.noise_scale()
         return best_size(
             self.how,

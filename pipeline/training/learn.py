@@ -146,10 +146,8 @@ def learn(
         mean_weight = float(window.weights_R[kept].mean()) if num_rows else 1.0
     stopwatch = _Stopwatch(deadline, learner.processes)
     probes = _probes(learner, window, cursor, probe_rows)
-    thinned_by_R = (window.labels_R > 0).astype(np.int32) if stratum_R is None else stratum_R
-    takes = _Takes(cursor, seed=seed, stratum_R=thinned_by_R, num_rows=window.num_rows)
+    takes = _Takes(cursor, lambda: _thinning(window, seed, stratum_R))
     window = replace(window, weights_R=window.weights_R.copy())
-    reference = learner.config.reference_batch_size
     with CutAhead(window, ahead=ahead) as cutting:
         while not stopwatch.out_of_time:
             batches = _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())
@@ -175,7 +173,7 @@ def learn(
                         rows,
                         divisor=len(batch.rows) * mean_weight / batch.decision.keep_rate,
                         learning_rate=batch.decision.learning_rate,
-                        sparse_scale=batch.decision.batch_size / (reference or batch.decision.batch_size),
+                        batch_scale=batch.decision.batch_size / learner.config.reference,
                     )
                 trace.add(batch, result, seconds=stopwatch.seconds())
                 takes.learned(batch)
@@ -230,14 +228,11 @@ class _Batch:
 class _Takes:
     """Takes rows from the permutation, all or thinned, and remembers which were left out."""
 
-    def __init__(
-        self, cursor: BatchCursor, *, seed: Sequence[int], stratum_R: npt.NDArray[np.int32] | None, num_rows: int
-    ) -> None:
+    def __init__(self, cursor: BatchCursor, thinning: Callable[[], Thinning]) -> None:
         self.cursor = cursor
-        self._seed, self._stratum_R = seed, stratum_R
+        self._new_thinning = thinning
         self._thinning: Thinning | None = None
         self._left_out_R: npt.NDArray[np.bool_] | None = None
-        self._num_rows = num_rows
         self.last_without_rows: _Batch | None = None
         """The end of a pass whose last rows were all left out: a plan was in force there, and no step tells of it."""
 
@@ -249,10 +244,10 @@ class _Takes:
 
     def learned(self, batch: _Batch) -> None:
         """What was passed for a batch that was stepped counts as done."""
-        if batch.probability_B is None:
+        if batch.probability_B is None or self._thinning is None:
             return
         if self._left_out_R is None:
-            self._left_out_R = np.zeros(self._num_rows, bool)
+            self._left_out_R = np.zeros(len(self._thinning.chance_R), bool)
         self._left_out_R[self.cursor.order_R[slice(*batch.passed)]] = True
         self._left_out_R[batch.rows] = False
 
@@ -263,8 +258,19 @@ class _Takes:
         if decision.keep_rate == 1:
             return self.cursor.next_rows(decision.batch_size), None
         if self._thinning is None:
-            self._thinning = Thinning.of(self._num_rows, seed=self._seed, stratum_R=self._stratum_R)
+            self._thinning = self._new_thinning()
         return self._thinning.next_rows(self.cursor, decision.batch_size, decision.keep_rate)
+
+
+def _thinning(window: EncodedWindow, seed: Sequence[int], stratum_R: npt.NDArray[np.int32] | None) -> Thinning:
+    """By the strata that were asked for; else as many clicks as rows without one, as long as there are clicks.
+
+    That is Neyman's (1934) allocation, rows of a stratum times the root mean square of their gradients: with a click rate of p
+    the derivative of a row's log loss is 1 - p with a click and p without, so that both products are p (1 - p).
+    """
+    if stratum_R is not None:
+        return Thinning.of(window.num_rows, seed=seed, stratum_R=stratum_R)
+    return Thinning.of(window.num_rows, seed=seed, stratum_R=(window.labels_R > 0).astype(np.int32), shape="equal")
 
 
 def _plan_chunk(takes: _Takes, policy: BatchPolicy, step: int, learner: Learner, seconds_left: float) -> list[_Batch]:

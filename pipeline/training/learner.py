@@ -93,7 +93,7 @@ class Learner:
         return Chunk(batch, self.model.tables(batch.deep, batch.wide))
 
     def step(
-        self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float, sparse_scale: float = 1.0
+        self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float, batch_scale: float = 1.0
     ) -> StepResult:
         """Learns one batch with the dense weights, and keeps what it means for the sparse rows.
 
@@ -102,7 +102,8 @@ class Learner:
             rows: the batch, as rows of the chunk; padded rows have weight 0.
             divisor: rows of the whole batch, over all processes, times the window's mean weight.
             learning_rate: of the dense optimizer, before warm-up.
-            sparse_scale: factor on the gradients of the embeddings; those of the wide part are sums over rows anyway.
+            batch_scale: the batch over the reference batch: factor on the gradients of the embeddings (those of the wide part
+                are sums over rows anyway), and the steps that it counts as in the moving average of dense weights.
 
         Raises:
             LearningDiverged: more than `training.max_skipped_steps` steps in a row were not finite.
@@ -126,8 +127,8 @@ class Learner:
         finite = self.processes.total(float(not (math.isfinite(log_loss) and self._gradients_are_finite(pieces)))) == 0
         rate = warmed_up(learning_rate, self.steps, self.config.warmup_steps)
         if finite:
-            chunk.keep_gradients(pieces, self.model.layout, divisor=divisor, scale=sparse_scale)
-            self._dense_step(rate)
+            chunk.keep_gradients(pieces, self.model.layout, divisor=divisor, scale=batch_scale)
+            self._dense_step(rate, batch_scale)
         if self.precision == "fp16":
             self.scaler.update()
         self._count(finite, log_loss)
@@ -143,10 +144,8 @@ class Learner:
             self.model.net.bias.fill_(math.log(click_rate / (1 - click_rate)))
 
     def padded(self, rows: int) -> int:
-        """Rows of the static shape that `rows` of one process are filled up to; a batch of a fixed size is left as it is."""
-        if self.config.batch_policy == "fixed" and not self.config.compile_dense_network:
-            return rows
-        return whole(rows, self.config.micro_batch_size)
+        """Rows of the static shape that `rows` of one process are filled up to, for a network that is compiled for it."""
+        return whole(rows, self.config.micro_batch_size) if self.config.compile_dense_network else rows
 
     def set_sparse_factor(self, factor: float) -> None:
         """Of the rates of the embeddings and of the wide part, from the next `finish` on."""
@@ -250,7 +249,7 @@ class Learner:
         self.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
         return math.isfinite(self.gradient_norm)
 
-    def _dense_step(self, rate: float) -> None:
+    def _dense_step(self, rate: float, batch_scale: float = 1.0) -> None:
         if self.gradient_average is not None:
             smooth_gradients(self.parameters.items(), self.gradient_average)
         for group in self.optimizer.param_groups:
@@ -258,7 +257,7 @@ class Learner:
         self.optimizer.step()
         self.steps += 1
         if self.weight_average is not None:
-            self.weight_average.add(self.parameters)
+            self.weight_average.add(self.parameters, steps=batch_scale)
 
     def _count(self, finite: bool, log_loss: float) -> None:
         overflow_only = not finite and self.precision == "fp16" and math.isfinite(log_loss)

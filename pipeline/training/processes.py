@@ -6,6 +6,7 @@ by all of them in the same order, and what it returns is the same in all.
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,20 +94,26 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def concatenated(self, own: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-        """The arrays of all processes behind each other along their first axis; only their lengths may differ."""
+    def concatenated(self, own: torch.Tensor) -> torch.Tensor:
+        """The contiguous tensors of all processes behind each other along their first axis; only their lengths may differ."""
         if self.count == 1:
             return own
         lengths = self.gather(len(own))
-        ends = np.cumsum(lengths)
-        whole = np.empty((int(ends[-1]), *own.shape[1:]), own.dtype)
-        whole[ends[self.rank] - len(own) : ends[self.rank]] = own
-        as_bytes = whole.view(np.uint8) if whole.ndim == 1 else whole.reshape(len(whole), -1).view(np.uint8)
-        for rank, (length, end) in enumerate(zip(lengths, ends.tolist(), strict=True)):
-            width = as_bytes.shape[0] // max(len(whole), 1) if whole.ndim == 1 else 1
-            piece = as_bytes[(end - length) * width : end * width]
-            if piece.size:
-                dist.broadcast(torch.from_numpy(piece), src=rank)
+        whole = own.new_empty((sum(lengths), *own.shape[1:]))
+        pieces = whole.split(lengths)
+        pieces[self.rank].copy_(own)
+        for rank, piece in enumerate(pieces):
+            if piece.numel():
+                dist.broadcast(piece, src=rank)
+        return whole
+
+    def concatenated_array(self, own: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+        """The same for arrays."""
+        if self.count == 1:
+            return own
+        own = np.ascontiguousarray(own)
+        signed = own.view(np.int64) if own.dtype == np.uint64 else own
+        whole: npt.NDArray[Scalar] = self.concatenated(torch.from_numpy(signed)).numpy().view(own.dtype)
         return whole
 
     def require_equal(self, what: str, fingerprint: str) -> None:
@@ -162,6 +169,7 @@ def joined(patience: Patience, *, store: Store | None = None, rank: int = 0, cou
         GroupFailed: the meeting place cannot be reached, or not all came there in time.
         ConfigError: there are more processes than GPUs on this machine.
     """
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # torchrec calls them
     if store is None:
         store, rank, count = _met(patience)
     _require_all(store, rank, count, patience)

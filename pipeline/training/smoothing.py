@@ -26,14 +26,18 @@ class MovingAverage:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self.steps = 0
+        self.steps = 0.0
         self.sums = {name: torch.zeros_like(tensor) for name, tensor in shapes_like.items()}
 
     @torch.no_grad()
-    def add(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Counts one more observation in."""
-        self.steps += 1
-        torch._foreach_lerp_(list(self.sums.values()), [values[name] for name in self.sums], 1 - self.decay)
+    def add(self, values: Mapping[str, torch.Tensor], *, steps: float = 1.0) -> None:
+        """Counts one more observation in, that stands for so many `steps`.
+
+        A batch of k times the reference stands for k of its steps, with `decay^k` (Busbridge et al. 2023, *How to Scale Your
+        EMA*): the average then remembers as many rows, whatever the batches that they come in.
+        """
+        self.steps += steps
+        torch._foreach_lerp_(list(self.sums.values()), [values[name] for name in self.sums], 1 - self.decay**steps)
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The averages so far; at least one observation is needed."""
@@ -41,7 +45,7 @@ class MovingAverage:
         correction = 1 - self.decay**self.steps
         return {name: total / correction for name, total in self.sums.items()}
 
-    def load(self, sums: Mapping[str, torch.Tensor], steps: int) -> None:
+    def load(self, sums: Mapping[str, torch.Tensor], steps: float) -> None:
         """Goes on from saved sums."""
         self.steps = steps
         for name, total in self.sums.items():

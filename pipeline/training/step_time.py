@@ -8,7 +8,7 @@ kept apart, as `pace`: a plan made with it counts on as many of them as there we
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,8 @@ KEPT_A_SIZE = 64
 LEAST_ROW_SHARE = 0.01
 """Of the seconds of a step that its rows are taken to cost at least, whatever the clock says."""
 PACE_MEMORY = 20.0
-"""Seconds of learning by which the pace remembers; at first it takes as many undisturbed ones for granted."""
+"""Seconds of learning by which the pace remembers, and by which a stall is taken to pass; at first so many undisturbed ones are
+taken for granted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,13 @@ class StepTimeFit:
     """Seconds that steps took over those of undisturbed steps, at least 1."""
     _latest: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=KEPT))
     _by_size: dict[int, deque[float]] = field(default_factory=dict)
+    _steps_of: dict[int, int] = field(default_factory=dict)
     _line: StepTime | None = None
     _added: int = 0
     _took: float = PACE_MEMORY
     _expected: float = PACE_MEMORY
+    _took_in_all: float = PACE_MEMORY
+    _expected_in_all: float = PACE_MEMORY
 
     def add(self, *, steps: int, rows: int, seconds: float) -> None:
         """Counts in `steps` steps over `rows` rows altogether, which took `seconds`."""
@@ -88,6 +92,7 @@ class StepTimeFit:
         size = rows / steps
         self._latest.append((size, seconds / steps))
         self._by_size.setdefault(round(size), deque(maxlen=KEPT_A_SIZE)).append(seconds / steps)
+        self._steps_of[round(size)] = self._steps_of.get(round(size), 0) + steps
         self._added += 1
         if self._added <= REFIT_EVERY or self._added % REFIT_EVERY == 0:
             self._line = None
@@ -99,14 +104,9 @@ class StepTimeFit:
         return bool(self._latest) and self.known
 
     @property
-    def sizes_seen(self) -> int:
-        """Different batch sizes, among those of which at least two steps were measured."""
-        return sum(len(seconds) > 1 for seconds in self._by_size.values())
-
-    @property
     def known(self) -> bool:
         """Whether f and d can be told apart."""
-        return self.prior is not None or self.sizes_seen > 1
+        return self.prior is not None or _apart(self._typical())
 
     @property
     def line(self) -> StepTime:
@@ -114,6 +114,13 @@ class StepTimeFit:
         if self._line is None:
             self._line = self._fitted()
         return self._line
+
+    def slowest_lines(self) -> Iterator[tuple[int, StepTime]]:
+        """Batch sizes that were measured, the smallest first, each with the line by which no smaller batch takes longer: all of
+        its cost is taken as that of a step."""
+        for size, seconds in sorted(self._by_size.items()):
+            low = _low(seconds)
+            yield size, StepTime(fixed_seconds=low, row_seconds=LEAST_ROW_SHARE * low / size)
 
     def _fitted(self) -> StepTime:
         shape = self._shape()
@@ -123,18 +130,41 @@ class StepTimeFit:
 
     def _shape(self) -> StepTime:
         """f and d up to a common factor."""
-        if self.sizes_seen > 1:
-            typical = {size: _low(seconds) for size, seconds in self._by_size.items() if len(seconds) > 1}
-            if max(typical) > 1.25 * min(typical):
-                return line_through(typical)
+        if _apart(typical := self._typical()):
+            return line_through(typical)
         if self.prior is not None:
             return self.prior
         return line_through({size: _low(seconds) for size, seconds in self._by_size.items()})
+
+    def _typical(self) -> dict[int, float]:
+        """Seconds by batch size, of those of which at least two steps were measured."""
+        return {size: _low(seconds) for size, seconds in self._by_size.items() if self._steps_of[size] > 1}
+
+    def pace_over(self, seconds: float) -> float:
+        """Expected mean pace of the coming `seconds`, at least 1: today's, which returns to that of the whole pass.
+
+        With deviations that fade as `exp(-t / m)` the mean of the coming T is `m/T * (1 - exp(-T/m))` of today's (an
+        Ornstein-Uhlenbeck process): a stall that goes by leaves a plan for ten minutes nearly as it is, and fills one for ten
+        seconds.
+
+        Args:
+            seconds: infinite or negative too.
+        """
+        usual = max(self._took_in_all / self._expected_in_all, 1.0)
+        ahead = max(seconds, 0.0) / PACE_MEMORY
+        share = -np.expm1(-ahead) / ahead if ahead > 0 else 1.0
+        return usual + (self.pace - usual) * float(share)
 
     def _measure_pace(self, expected: float, took: float) -> None:
         keep = float(np.exp(-took / PACE_MEMORY))
         self._took, self._expected = keep * self._took + took, keep * self._expected + expected
         self.pace = max(self._took / self._expected, 1.0)
+        self._took_in_all, self._expected_in_all = self._took_in_all + took, self._expected_in_all + expected
+
+
+def _apart(seconds_by_size: Mapping[int, float]) -> bool:
+    """Whether sizes differ by enough to tell the cost of a step from that of a row."""
+    return bool(seconds_by_size) and max(seconds_by_size) > 1.25 * min(seconds_by_size)
 
 
 def _low(values: Iterable[float]) -> float:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from datetime import datetime
 
 import numpy as np
 
@@ -15,8 +16,8 @@ def exchange(first: int) -> list[object]:
     """One of every exchange."""
     processes = Processes.started()
     rank = processes.rank
-    rows = processes.concatenated(np.arange(rank * 2, dtype=np.uint64) + first)
-    matrix = processes.concatenated(np.full((rank, 2), rank, np.float32))
+    rows = processes.concatenated_array(np.arange(rank * 2, dtype=np.uint64) + first)
+    matrix = processes.concatenated_array(np.full((rank, 2), rank, np.float32))
     return [
         processes.total(rank + 1.0),
         processes.gather(rank),
@@ -49,9 +50,9 @@ def first_fails() -> None:
     Processes.started().from_first(fail)
 
 
-def update_all(overrides: list[str]) -> list[dict[str, object]]:
+def update_all(overrides: list[str], now: str) -> list[dict[str, object]]:
     """Learns every window that waits; what the first process reports."""
     config, reports = load_config(overrides=overrides), []
-    while found := Processes.started().gather(run_update(config))[0]:
+    while found := Processes.started().gather(run_update(config, now=datetime.fromisoformat(now)))[0]:
         reports.append(as_plain(found))
     return reports

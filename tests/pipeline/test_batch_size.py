@@ -120,10 +120,36 @@ def test_overload_ends_in_time_with_what_could_be_afforded(name: str) -> None:
 def test_a_slow_machine_is_met_with_larger_batches() -> None:
     training = TrainingConfig(batch_policy="deadline", micro_batch_size=64, min_batch_size=64, max_batch_size=4096)
     quick, slow = (
-        [d.batch_size for d in _decisions(batch_policy(training, noise_scale=lambda: 1.0), 100_000, 5.0, slower)][50]
+        _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise_scale=lambda: 1.0), 100_000, 5.0, slower)[50]
         for slower in (1.0, 2.0)
     )
-    assert slow > 2 * quick
+    assert slow.batch_size > 2 * quick.batch_size
+
+
+@pytest.mark.parametrize("name", ["deadline", "goodput"])
+def test_costs_are_not_measured_where_there_is_time_enough_whatever_they_are(name: str) -> None:
+    training = TrainingConfig(batch_policy=name, batch_size=1024, micro_batch_size=1024, max_batch_size=8192)  # type: ignore[arg-type]
+    policy = batch_policy(training, noise_scale=lambda: 9 * 400.0)
+    sizes = [decision.batch_size for decision in _decisions(policy, 200_000, 1e4)]
+    assert sizes[:2] == [1024, 1024]
+    assert set(sizes[2:]) == {512}
+
+
+def test_a_stall_leaves_a_long_plan_nearly_whole() -> None:
+    """Steps that take 1.3 s, in a pass of ten minutes that has time for all rows; for 30 s they take four times as long."""
+    slow_steps = StepTime(fixed_seconds=100 * TIME.fixed_seconds, row_seconds=100 * TIME.row_seconds)
+    training = TrainingConfig(batch_policy="goodput", micro_batch_size=128, max_batch_size=8192)
+    policy = batch_policy(training, fit=StepTimeFit(prior=slow_steps), noise_scale=lambda: 3000.0)
+    rows, position, learned, left = 240_000, 0, 0, 600.0
+    while position < rows and left > 0:
+        decision = policy.decide(step=0, position=position, remaining=rows - position, seconds_left=left)
+        assert decision is not None
+        took = slow_steps.seconds(decision.batch_size) * (4 if 500 < left < 530 else 1)
+        position, left = position + round(decision.batch_size / decision.keep_rate), left - took
+        policy.observe(steps=1, rows=decision.batch_size, seconds=took)
+        learned += decision.batch_size
+    assert position >= rows
+    assert learned > 0.995 * rows
 
 
 def test_a_jump_in_the_batch_warms_the_rate_up() -> None:

@@ -31,6 +31,14 @@ def test_the_pace_says_how_much_time_stalls_take() -> None:
     assert _fed(12.0, stall=(8.0, 12.0)).pace > 1.1
 
 
+def test_the_pace_of_a_long_time_ahead_is_that_of_the_whole_pass() -> None:
+    fit = _fed(40.0, stall=(36.0, 40.0))
+    soon, minute, hour = (fit.pace_over(seconds) for seconds in (0.0, 60.0, 3600.0))
+    assert soon == fit.pace > minute > hour > 1
+    assert minute - hour == pytest.approx((fit.pace - hour) * 20 / 60, rel=0.1)
+    assert fit.pace_over(float("inf")) == pytest.approx(60 / (40 - 3 + 20), rel=0.05)
+
+
 def test_a_machine_that_stays_slow_gets_a_new_line() -> None:
     line = _fed(40.0, stall=(5.0, 60.0)).line
     assert line.seconds(512) == pytest.approx(4 * TRUE.seconds(512), rel=0.15)

@@ -33,6 +33,12 @@ def test_no_row_comes_twice_and_rare_strata_are_kept_longest() -> None:
     assert kept_S[1] > 2 * kept_S[0]
 
 
+def test_the_equal_shape_keeps_as_many_of_each_stratum_until_one_is_whole() -> None:
+    thinning = Thinning.of(10_000, seed=[0], stratum_R=STRATUM_R, shape="equal")
+    np.testing.assert_allclose(thinning.rates(0.1) * [9000, 1000], [500, 500])
+    np.testing.assert_allclose(thinning.rates(0.3) * [9000, 1000], [2000, 1000])
+
+
 def test_a_row_kept_at_a_low_rate_is_kept_at_every_higher_one() -> None:
     low, high = _pass([0.2])[0], _pass([0.6])[0]
     assert set(low) <= set(high)
