@@ -27,7 +27,7 @@ define timed
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare lab test test-slow faults lint install clean check-python
+.PHONY: help demo compare lab test test-slow faults distributed lint install clean check-python
 
 help:  ## List the targets.
 	@echo 'tidemark: make TARGET [PYTHON=python3.12] [DEVICE=cuda] [TORCH_INDEX=address]'
@@ -55,6 +55,9 @@ test-slow: lint  ## Run the checks and all tests, the slow ones too.
 
 faults: $(INSTALLED)  ## Kill, corrupt, fill the disk and fuzz, as docs/faults.md tells; half an hour or more on two cores.
 	@$(BIN)/python -m pytest tests/faults --numprocesses 2 --dist loadfile --durations=10
+
+distributed: $(INSTALLED)  ## Train with 2, 4 and 16 processes, and kill some; several minutes on two cores.
+	@$(BIN)/python -m pytest tests/distributed --durations=10
 
 lint: $(INSTALLED)  ## Run ruff and mypy only.
 	$(call timed,ruff check,$(BIN)/ruff check --quiet .)

@@ -1,6 +1,7 @@
 """What replay saves of an old distribution, and what it costs the current one.
 
-    python benchmarks/replay.py [--old-hours 12] [--between-hours 48] [--rows 4000] [--shares 0.1 0.2] [--seeds 3]
+    python benchmarks/replay.py [--old-hours 12] [--between-hours 48] [--rows 4000] [--shares 0.1 0.2] [--age-powers 0 1]
+                                [--seeds 3]
 
 A synthetic stream shows one market for 12 hours, another one for 48, and then the first again. `--change`:
 
@@ -12,12 +13,13 @@ A synthetic stream shows one market for 12 hours, another one for 48, and then t
 
 Every hour is predicted, then learned. A fifth of each old hour is never learned: *forgetting* is the rise of its log loss over
 the 48 hours, from the end of the first hours to when they return. *Current* is the log loss of the 48 hours, each before it is
-learned. Models differ in `sampling.replay_share` alone.
+learned. Models differ in `sampling.replay_share` and `sampling.replay_age_power` alone.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, get_args
 
 import numpy as np
@@ -41,6 +43,7 @@ OTHER_LAW = 1000
 """Added to the seed of the stream."""
 BASE_CTR = 0.15
 LEAST_FALL, MOST_RISE = 0.30, 0.001
+NO_REPLAY = (0.0, 0.0)
 
 
 def main() -> None:
@@ -50,16 +53,17 @@ def main() -> None:
     parser.add_argument("--between-hours", type=int, default=48)
     parser.add_argument("--rows", type=int, default=4_000, help="an hour")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2], help="sampling.replay_share")
-    parser.add_argument("--age-power", type=float, default=0.0, help="sampling.replay_age_power")
+    parser.add_argument("--age-powers", type=float, nargs="+", default=[0.0], help="sampling.replay_age_power")
     parser.add_argument("--capacity", type=int, default=100_000, help="sampling.replay_capacity")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[float, list[_Result]] = {share: [] for share in (0.0, *options.shares)}
+    grid = [NO_REPLAY, *product(options.shares, options.age_powers)]
+    results: dict[tuple[float, float], list[_Result]] = {point: [] for point in grid}
     for seed in range(options.seeds):
         old, between = _stream(options.change, options.old_hours, options.between_hours, options.rows, seed)
-        for share, lines in results.items():
-            sampling = SamplingConfig(replay_share=share, replay_capacity=options.capacity, replay_age_power=options.age_power)
+        for (share, power), lines in results.items():
+            sampling = SamplingConfig(replay_share=share, replay_capacity=options.capacity, replay_age_power=power)
             lines.append(_run(old, between, Model(synthetic_spec(), sampling, seed)))
     _print_table(results, options)
 
@@ -141,15 +145,16 @@ def _loss(model: Model, encoder: Encoder, examples: Examples) -> float:
     return float(log_loss(examples.labels_R, predicted_R))
 
 
-def _print_table(results: dict[float, list[_Result]], options: argparse.Namespace) -> None:
+def _print_table(results: dict[tuple[float, float], list[_Result]], options: argparse.Namespace) -> None:
     hours = f"{options.old_hours} hours, {options.between_hours} others, and back"
     table = Table(title=f"{options.change}: {hours}; {options.rows:,} rows an hour, {options.seeds} seeds")
     heads = ("old, at the end", "old, on return", "forgetting", "falls by", "current", "change", "CPU time")
-    table.add_column("replay_share")
+    table.add_column("share")
+    table.add_column("age power")
     for head in heads:
         table.add_column(head, justify="right")
-    plain = results[0.0]
-    for share, lines in results.items():
+    plain = results[NO_REPLAY]
+    for (share, power), lines in results.items():
         forgotten = [line.old_after - was.old_before for line, was in zip(lines, plain, strict=True)]
         falls = [1 - rise / (was.old_after - was.old_before) for rise, was in zip(forgotten, plain, strict=True)]
         changes = [line.current - was.current for line, was in zip(lines, plain, strict=True)]
@@ -157,12 +162,13 @@ def _print_table(results: dict[float, list[_Result]], options: argparse.Namespac
         columns = ([line.old_before for line in lines], [line.old_after for line in lines], forgotten)
         cells = [mean_and_range(values, 4) for values in columns]
         cells += [mean_and_range(falls, 2), mean_and_range([line.current for line in lines], 4)]
-        table.add_row(f"{share:g}", *cells, mean_and_range(changes, 4), mean_and_range(times, 2))
+        table.add_row(f"{share:g}", f"{power:g}" if share else "", *cells, mean_and_range(changes, 5), mean_and_range(times, 2))
         if share:
             reached = np.mean(falls) >= LEAST_FALL and np.mean(changes) <= MOST_RISE
             verdict = "reached" if reached else "NOT reached"
-            print(f"replay_share {share:g}: forgetting -{LEAST_FALL:.0%} and current +{MOST_RISE} at most: {verdict}")
-    Console(width=200).print(table)
+            wanted = f"forgetting -{LEAST_FALL:.0%} and current +{MOST_RISE} at most"
+            print(f"share {share:g}, age power {power:g}: {wanted}: {verdict}")
+    Console(width=220).print(table)
 
 
 if __name__ == "__main__":

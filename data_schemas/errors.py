@@ -11,6 +11,8 @@
     │   ├── CorruptCheckpoint    a file differs from its hash, or is missing
     │   └── SpecMismatch         the checkpoint was trained with another spec or model
     ├── LearningDiverged     the loss stayed non-finite; nothing was published
+    ├── GroupFailed          of processes that train together one was lost, or they did not come together
+    │   └── StoppedByFirst       the first of them failed, and tells why
     ├── TrackingUnavailable  the MLflow server does not answer; the run waits in the spool
     └── UpdateInProgress     another update holds the state folder's lock
 
@@ -63,6 +65,14 @@ class SpecMismatch(CheckpointError):
 
 class LearningDiverged(TidemarkError):
     """The loss stayed non-finite over several steps in a row."""
+
+
+class GroupFailed(TidemarkError):
+    """Processes that train one model together have lost one of them, or did not come together."""
+
+
+class StoppedByFirst(GroupFailed):
+    """The first of them failed in something that it does alone; it tells why."""
 
 
 class TrackingUnavailable(TidemarkError):

@@ -17,12 +17,14 @@ from prefect import flow
 from rich.console import Console
 
 from data_schemas.errors import ConfigError
-from flows.catching_up import Register, ingest_new, learn_waiting, settings_for, waiting_windows
+from flows.catching_up import Register, ingest_new, learn_waiting, waiting_windows
 from flows.history import MeanFigures, after_first, mean_figures, reports_of
+from flows.settings import settings_for
 from flows.terminal import run_flow, tell
 from pipeline.config import UpdateConfig
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import as_table
+from pipeline.ranks import Update, on_processes
 
 FIRST_HOURS = 24
 """A new model knows nothing yet: these hours are left out of the means, and the frozen model is the one after them."""
@@ -40,6 +42,7 @@ def backfill(
     budget_seconds: float | None = None,
     register_model: Annotated[Register, Parameter(name="--register")] = "last",
     wait: float | None = None,
+    processes: int | None = None,
     overrides: list[str] | None = None,
 ) -> None:
     """Ingest what is new in the landing folder, then learn the hours from START to END in order; resumable.
@@ -54,16 +57,21 @@ def backfill(
         budget_seconds: Time for one update, from start to published model.
         register_model: Which updates put their model into the registry.
         wait: Seconds to wait where another process has the model; without it, the command ends with exit code 75 at once.
+        processes: Processes that train the model together on this machine; the settings say it where this does not.
         overrides: Any other setting, such as training.batch_size=1024; may be given several times.
     """
     first, stop = parse_hour(start), parse_hour(end)
     if first >= stop:
         raise ConfigError(f"END must be after START, got {start} and {end}")
-    settings = _settings(config, overrides, dataset, landing, state_dir, budget_seconds, wait)
+    settings = _settings(config, overrides, dataset, landing, state_dir, budget_seconds, wait, processes)
+    on_processes(settings, lambda update: _learn_past(settings, first, stop, register_model, update))
+
+
+def _learn_past(settings: UpdateConfig, first: datetime, stop: datetime, register: Register, update: Update) -> None:
     ingest_new(settings)
     now = stop + timedelta(minutes=settings.window.label_delay_minutes)
     refuse_earlier_hours(settings, first, now)
-    learn_waiting(settings, until=now, register=register_model)
+    learn_waiting(settings, until=now, register=register, update=update)
     _show([report for report in reports_of(settings.model_dir) if first <= report.window_start < stop])
 
 
@@ -109,6 +117,7 @@ def _settings(
     state_dir: str | None,
     budget_seconds: float | None,
     wait: float | None,
+    processes: int | None,
 ) -> UpdateConfig:
     return settings_for(
         config,
@@ -118,6 +127,7 @@ def _settings(
         state_dir=state_dir,
         budget__seconds=budget_seconds,
         lock_wait_seconds=wait,
+        processes__count=processes,
         evaluation__frozen_after_updates=FIRST_HOURS,
     )
 

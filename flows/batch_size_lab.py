@@ -20,7 +20,7 @@ from rich.console import Console
 
 from data_schemas.errors import ConfigError
 from flows.artifacts import embed
-from flows.catching_up import settings_for
+from flows.settings import settings_for
 from flows.stages import run_as_task
 from flows.terminal import progress, run_flow, tell
 from pipeline.config import UpdateConfig

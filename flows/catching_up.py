@@ -3,18 +3,19 @@
 Enters: an `UpdateConfig`. Leaves: the report of every update, each as a Prefect artifact too.
 """
 
-import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar
 
 from data_schemas.dataset import load_spec
 from flows.alerts import failures_told, tell_of
 from flows.artifacts import publish_report
+from flows.cluster import run_spread
 from flows.history import reports_of
 from flows.stages import run_as_task
-from flows.terminal import Advance, progress, tell
-from pipeline.config import UpdateConfig, load_config
+from flows.terminal import Advance, leads, progress, tell
+from pipeline.config import UpdateConfig
 from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -22,6 +23,7 @@ from pipeline.data.windows import as_time
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.publishing.checkpoint import current_version, learned_until
 from pipeline.publishing.report import verdict
+from pipeline.ranks import Update, on_processes
 from pipeline.update import run_update
 
 T = TypeVar("T")
@@ -29,23 +31,6 @@ T = TypeVar("T")
 Register = Literal["each", "last", "never"]
 """Which updates put their model into the registry."""
 Tell = Callable[[str], None]
-
-
-def settings_for(
-    config: str | None,
-    overrides: Sequence[str] | None,
-    *,
-    defaults: Sequence[str] = (),
-    **given: str | float | None,
-) -> UpdateConfig:
-    """From the file, the environment, the flow's own `defaults`, what was `given`, and `overrides`; the later wins.
-
-    >>> settings_for(None, ["budget.seconds=30"], budget__seconds=60, dataset="brunch").budget.seconds
-    30.0
-    """
-    named = {name.replace("__", "."): value for name, value in given.items() if value is not None}
-    written = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in named.items()]
-    return load_config(config, [*defaults, *written, *(overrides or ())])
 
 
 def catch_up(
@@ -63,9 +48,13 @@ def catch_up(
     Raises:
         TidemarkError: what went wrong and the way out; every update before it stays published.
     """
-    with failures_told(config, tell):
+
+    def work(update: Update) -> list[UpdateReport]:
         ingest_new(config, tell=tell)
-        return learn_waiting(config, until=until, register=register, tell=tell)
+        return learn_waiting(config, until=until, register=register, tell=tell, update=update)
+
+    with failures_told(config, tell) if leads() else nullcontext():
+        return on_processes(config, work) or []
 
 
 def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
@@ -74,15 +63,17 @@ def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
     log = ClickLog.open_or_create(config.log_path, spec)
     quarantine = Quarantine.open_or_create(config.quarantine_path)
     with progress("ingesting files", total=None) as advance:
-        report = run_as_task(
+        report = run_spread(
             "ingest",
-            lambda: ingest_landing(
+            config.cluster,
+            lambda spread: ingest_landing(
                 config.landing,
                 log,
                 quarantine,
                 spec,
                 now=datetime.now(UTC),
                 progress=lambda done, files: advance("", done, files),
+                spread=spread,
             ),
         )
     for line in report.lines():
@@ -90,7 +81,12 @@ def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
 
 
 def learn_waiting(
-    config: UpdateConfig, *, until: datetime | None = None, register: Register = "each", tell: Tell = tell
+    config: UpdateConfig,
+    *,
+    until: datetime | None = None,
+    register: Register = "each",
+    tell: Tell = tell,
+    update: Update = run_update,
 ) -> list[UpdateReport]:
     """Learn every closed window that waits, in order, and tell a sentence about each."""
     reports: list[UpdateReport] = []
@@ -99,7 +95,8 @@ def learn_waiting(
             now = until or datetime.now(UTC)
             waiting = len(waiting_windows(config, now))
             advance("", len(reports), len(reports) + waiting)
-            report = _update(config, now, advance, registers=register == "each" or (register == "last" and waiting <= 1))
+            registers = register == "each" or (register == "last" and waiting <= 1)
+            report = _update(update, config, now, advance, registers=registers)
             if report is None:
                 break
             reports.append(report)
@@ -126,14 +123,14 @@ def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
     return sorted(start for start in starts if start + length <= now)
 
 
-def _update(config: UpdateConfig, now: datetime, advance: Advance, *, registers: bool) -> UpdateReport | None:
+def _update(update: Update, config: UpdateConfig, now: datetime, advance: Advance, *, registers: bool) -> UpdateReport | None:
     def stage(name: str, work: Callable[[], T]) -> T:
         advance(name)
         return run_as_task(name, work)
 
     if not registers:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"register_model": False})})
-    return run_update(config, stage=stage, now=now, progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"))
+    return update(config, stage=stage, now=now, progress=lambda done, rows: advance(f"learn {done / max(rows, 1):.0%}"))
 
 
 def _register_serving(config: UpdateConfig) -> tuple[str, ...]:

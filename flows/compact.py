@@ -11,7 +11,7 @@ import sys
 from prefect import flow
 
 from data_schemas.dataset import load_spec
-from flows.catching_up import settings_for
+from flows.settings import settings_for
 from flows.terminal import run_flow, tell
 from pipeline.data.compaction import compact as compact_log
 from pipeline.data.lake import ClickLog

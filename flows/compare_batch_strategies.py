@@ -19,7 +19,8 @@ from rich.console import Console
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import ConfigError
 from flows.artifacts import embed
-from flows.catching_up import ingest_new, settings_for
+from flows.catching_up import ingest_new
+from flows.settings import settings_for
 from flows.stages import run_as_task
 from flows.terminal import progress, run_flow, tell
 from pipeline.comparison.run import StrategyRun

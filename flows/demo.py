@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from data_schemas.errors import TidemarkError
-from flows.catching_up import settings_for
 from flows.history import after_first, mean_figures, reports_of
 from flows.hourly_update import hourly_update
+from flows.settings import settings_for
 from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.publishing.report import as_table
 

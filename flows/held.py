@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 
 from data_schemas.errors import ConfigError
-from flows.catching_up import settings_for
+from flows.settings import settings_for
 from flows.terminal import run_command
 from pipeline.data.held import HeldWindow, decide, held_windows
 from pipeline.data.windows import as_time

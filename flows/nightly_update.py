@@ -13,8 +13,10 @@ import sys
 
 from prefect import flow
 
-from flows.catching_up import catch_up, settings_for
 from flows.terminal import run_flow, tell
+
+IMPORTED_LATER = "flows.catching_up"
+"""Imports torch, which takes seconds: while Prefect's server starts, and not for `--help`."""
 
 NIGHTLY = ("model_name=nightly", "window.hours=24", "window.align_hour=2")
 """What makes it nightly; only `overrides` change it, so that both jobs can share one settings file."""
@@ -29,6 +31,7 @@ def nightly_update(
     state_dir: str | None = None,
     budget_seconds: float | None = None,
     wait: float | None = None,
+    processes: int | None = None,
     overrides: list[str] | None = None,
     quiet: bool = False,
 ) -> None:
@@ -41,9 +44,13 @@ def nightly_update(
         state_dir: Folder of everything that is kept: click log, quarantine, checkpoints, MLflow database.
         budget_seconds: Time for one update, from start to published model.
         wait: Seconds to wait where another process has the model; without it, the command ends with exit code 75 at once.
+        processes: Processes that train the model together on this machine; the settings say it where this does not.
         overrides: Any other setting, such as training.batch_size=1024; may be given several times.
         quiet: Print nothing but errors.
     """
+    from flows.catching_up import catch_up
+    from flows.settings import settings_for
+
     settings = settings_for(
         config,
         overrides,
@@ -53,6 +60,7 @@ def nightly_update(
         state_dir=state_dir,
         budget__seconds=budget_seconds,
         lock_wait_seconds=wait,
+        processes__count=processes,
     )
     catch_up(settings, tell=(lambda line: None) if quiet else tell)
 

@@ -13,7 +13,7 @@ from prefect import flow
 
 from data_schemas.dataset import load_spec
 from flows.backfill import parse_hour
-from flows.catching_up import settings_for
+from flows.settings import settings_for
 from flows.terminal import run_flow, tell
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.replacement import replace_hour as replace_in_log

@@ -10,7 +10,7 @@ import sys
 
 from rich.console import Console
 
-from flows.catching_up import settings_for
+from flows.settings import settings_for
 from flows.terminal import run_command
 from pipeline.rollback import roll_back
 

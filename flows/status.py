@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from data_schemas.errors import ConfigError, TidemarkError
-from flows.catching_up import settings_for
 from flows.history import reports_of
+from flows.settings import settings_for
 from flows.terminal import run_command
 from pipeline.alerts import undelivered_alerts
 from pipeline.config import UpdateConfig

@@ -4,29 +4,50 @@ Enters: a flow and the words of the command line. Leaves: 0; or, after one line 
 process is at work.
 """
 
+import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cyclopts
-from prefect import Flow
-from prefect.logging import get_logger, get_run_logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_schemas.errors import TidemarkError
+from data_schemas.errors import StoppedByFirst, TidemarkError
+from flows.early_server import server_starting
+
+if TYPE_CHECKING:
+    from prefect import Flow  # takes a second to import, and commands that are no flow do without
 
 
-def run_flow(flow: Flow[..., Any], words: Sequence[str] | None = None, *, program: str | None = None) -> int:
+def run_flow(flow: "Flow[..., Any]", words: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
+
+    The module that the flow's file names as `IMPORTED_LATER` is imported while Prefect's temporary server starts. Among
+    processes that torchrun has started only the first is a flow run; the others call the same function.
 
     Returns:
         The exit code: 0, or that of an error that a user can act on: 1, or 75 where another process holds the model. Any
         other exception passes through.
     """
-    return run_command(flow, flow.fn, words, name=program or flow.name)
+    if not leads():
+        return run_command(flow.fn, flow.fn, words, name=program or flow.name)
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        if later := flow.fn.__globals__.get("IMPORTED_LATER"):
+            with server_starting():
+                importlib.import_module(later)
+        flow(*args, **kwargs)
+
+    return run_command(call, flow.fn, words, name=program or flow.name)
+
+
+def leads() -> bool:
+    """Whether this process is the first that torchrun has started, or the only one: the others are silent."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def run_command(
@@ -46,6 +67,8 @@ def run_command(
     try:
         _, bound, _ = app.parse_args(_named(arguments), exit_on_error=False, print_error=False)
         command(*bound.args, **bound.kwargs)
+    except StoppedByFirst:
+        return 1
     except (TidemarkError, cyclopts.CycloptsError) as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {_line(error, app)}", markup=False)
         return error.exit_code if isinstance(error, TidemarkError) else 1
@@ -54,6 +77,8 @@ def run_command(
 
 def tell(line: str) -> None:
     """Log `line` to Prefect where its log is shown, else print it."""
+    from prefect.logging import get_logger, get_run_logger
+
     try:
         logger: logging.Logger | logging.LoggerAdapter[logging.Logger] = get_run_logger()
     except RuntimeError:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from prefect import flow
 
 from data_schemas.dataset import load_spec
-from flows.catching_up import settings_for
+from flows.settings import settings_for
 from flows.terminal import run_flow, tell
 from pipeline.vacuum import vacuum as vacuum_state
 

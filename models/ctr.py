@@ -3,7 +3,7 @@
 Letters: B rows, N dense columns, S the sum of the embedding lengths of all lookups, W wide weights, D an embedding's length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -111,17 +111,27 @@ def build_model(
     wide_beta: float = 0.0,
     device: torch.device,
     seed: int,
+    spread: Callable[[Callable[[torch.device], EmbeddingTables]], EmbeddingTables] | None = None,
 ) -> CtrModel:
-    """A fresh model; the same seed gives the same bits."""
+    """A fresh model; the same seed gives the same bits.
+
+    Args:
+        spread: makes the tables, of what makes them whole on a device, and leaves torch's generator as they leave it that are
+            made from `seed`; None: all of them are on `device`.
+    """
+
+    def make(place: torch.device) -> EmbeddingTables:
+        return EmbeddingTables(
+            layout,
+            sparse_optimizer=sparse_optimizer,
+            sparse_learning_rate=sparse_learning_rate,
+            wide_learning_rate=wide_learning_rate,
+            wide_beta=wide_beta,
+            device=place,
+        )
+
     torch.manual_seed(seed)
-    tables = EmbeddingTables(
-        layout,
-        sparse_optimizer=sparse_optimizer,
-        sparse_learning_rate=sparse_learning_rate,
-        wide_learning_rate=wide_learning_rate,
-        wide_beta=wide_beta,
-        device=device,
-    )
+    tables = make(device) if spread is None else spread(make)
     return CtrModel(tables, DenseNet(architecture, layout, num_dense).to(device), layout)
 
 

@@ -78,6 +78,8 @@ class EmbeddingTables(nn.Module):
         super().__init__()
         self.layout = layout
         self.device = device
+        self.saved_elsewhere = False
+        """Whether another process saves the same tables, of which these are a copy."""
         by_row = sparse_optimizer == "rowwise_adagrad"
         self.deep = FusedEmbeddingBagCollection(
             [_config(table, "deep", table.dim, INITIAL_BOUND) for table in layout.deep],
@@ -100,6 +102,21 @@ class EmbeddingTables(nn.Module):
             deep_BS=_in_order(self.deep(deep), self.layout.deep_keys),
             wide_BW=_in_order(self.wide(wide), self.layout.wide_keys)[:, ::WIDE_DIM],
         )
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Gives this process's part the weights that all of it would have been made with, from torch's generator as it is.
+
+        A table at a time is drawn whole, on the host.
+        """
+        pieces = list(self.slices(with_optimizer=False))
+        for part, tables, bound in (("deep", self.layout.deep, INITIAL_BOUND), ("wide", self.layout.wide, 0.0)):
+            for table in tables:
+                whole = torch.empty(table.rows, table.dim if part == "deep" else WIDE_DIM).uniform_(-bound, bound)
+                drawn = TableSlice(name=f"{part}.{table.name}.weight", row=0, column=0, tensor=whole)
+                for own in pieces:
+                    if own.name == drawn.name:
+                        _copy_overlap(drawn, own)
 
     def set_learning_rates(self, *, sparse: float, wide: float) -> None:
         """Takes effect with the next backward pass."""
@@ -130,7 +147,7 @@ class EmbeddingTables(nn.Module):
                 continue
             weights = [piece for piece in pieces if piece.name == f"{part}.{table.name}.weight"]
             start_D = torch.zeros(table.dim, device=self.device)
-            for piece in weights:
+            for piece in weights if not self.saved_elsewhere else ():
                 if 0 <= like - piece.row < len(piece.tensor):
                     start_D[piece.column : piece.column + piece.tensor.shape[1]] = piece.tensor[like - piece.row]
             add_up(start_D)

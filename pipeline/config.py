@@ -37,6 +37,7 @@ BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
 RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
 AlertEvent = Literal["held", "rejected", "suspicious", "failed", "alarm"]
 """How an update ended; `alarm`: it was published, and something was out of line."""
+Sharding = Literal["auto", "table_wise", "column_wise", "row_wise", "data_parallel"]
 RateDecay = Literal["constant", "step", "cosine"]
 
 
@@ -313,6 +314,21 @@ class BudgetConfig(_Part):
     """Least time kept back for what comes after learning; more is kept once updates have been measured."""
 
 
+class ProcessesConfig(_Part):
+    """The processes that train one model together."""
+
+    count: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that a flow starts on its own machine. Where torchrun starts the flow, its own number holds."""
+    sharding: Sharding = "auto"
+    """How tables are spread: each whole in one process, cut by columns or by rows, or a copy in every process. `auto` cuts
+    tables of at least 4096 rows by rows and leaves smaller ones whole. `column_wise` needs sparse_optimizer "adagrad"."""
+    join_seconds: Annotated[float, Field(gt=0, le=3600)] = 45.0
+    """In which all processes must have come together."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """That one waits for another inside an update before it gives up; longer than anything takes that the first does alone. A
+    process that is killed is noticed at once."""
+
+
 class EvaluationConfig(_Part):
     """What is measured."""
 
@@ -485,11 +501,16 @@ class UpdateConfig(BaseSettings):
     budget."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 5
     """The newest that stay on disk; a corrupt one is replaced by the one before."""
+    cluster: Annotated[str, Field(pattern=r"^(none|local:[1-9][0-9]{0,2}|(tcp|tls|ucx|ws|wss)://\S+)$")] = "none"
+    """Where the landing folder's files are read and checked: `none`, here, one after the other; `local:2`, by two processes of
+    this machine; `tcp://host:8786`, by the workers of the Dask scheduler there, who see the landing folder and `state_dir`
+    under the same paths."""
     window: WindowConfig = WindowConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     budget: BudgetConfig = BudgetConfig()
+    processes: ProcessesConfig = ProcessesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     gate: GateConfig = GateConfig()
@@ -633,7 +654,11 @@ def _refuse_escapes(of_dataset: Mapping[str, Any]) -> None:
                 f"{name} in a settings file, the environment or on the command line"
             )
     tracking = of_dataset.get("tracking", {})
-    for name, given in (("dataset", of_dataset), ("tracking.uri", tracking if isinstance(tracking, dict) else {})):
+    for name, given in (
+        ("dataset", of_dataset),
+        ("cluster", of_dataset),
+        ("tracking.uri", tracking if isinstance(tracking, dict) else {}),
+    ):
         if name.split(".")[-1] in given:
             raise ConfigError(
                 f"{name}: no setting of a data set's [settings]; give it in a settings file, the environment or on the "

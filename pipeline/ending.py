@@ -27,7 +27,7 @@ from pipeline.data.window_rows import sample_of
 from pipeline.data.windows import as_hour
 from pipeline.evaluation.judge import frozen_folder
 from pipeline.evaluation.metrics import CalibrationBin
-from pipeline.model_state import ModelState, restore_or_create
+from pipeline.model_state import ModelState, restore_or_create, restore_version
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.passwords import without_passwords
 from pipeline.publishing.checkpoint import (
@@ -41,6 +41,7 @@ from pipeline.publishing.checkpoint import (
 )
 from pipeline.publishing.predictor import export_predictor, predictor_of
 from pipeline.publishing.report import append_history, as_plain
+from pipeline.training.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def end_update(
 
 
 def end_interrupted(config: UpdateConfig, spec: DatasetSpec) -> UpdateReport | None:
-    """Ends what an update before this one was killed in; its report, or None where nothing was left to do.
+    """Ends what an update before this one was killed in; its report, or None where nothing was left to do. In one process.
 
     Raises:
         TidemarkError: the model cannot be restored.
@@ -141,8 +142,13 @@ def freeze(config: UpdateConfig, spec: DatasetSpec, saved: ModelState) -> None:
     staged = folder.with_suffix(".tmp")
     if staged.is_dir():
         shutil.rmtree(staged)
-    export_predictor(saved, spec, config.model, staged)
+    export_predictor(_whole(saved, config, spec), spec, config.model, staged)
     staged.rename(folder)
+
+
+def _whole(saved: ModelState, config: UpdateConfig, spec: DatasetSpec) -> ModelState:
+    """The saved model with all of its tables in this process."""
+    return saved if saved.learner.processes.count == 1 else restore_version(config, spec, saved.version)
 
 
 def _read(folder: Path) -> _Note | None:
@@ -188,7 +194,7 @@ def _end_saved(
     if not _is_saved(config, report):
         return None
     settle(config.model_dir, report.version, published=report.outcome == "published", keep=config.keep_checkpoints)
-    saved = restore_or_create(config, spec)
+    saved = restore_or_create(config, spec, Processes())
     freeze(config, spec, saved)
     click_log = ClickLog.open_or_create(config.log_path, spec)
     examples, frame = sample_of(click_log, spec, as_hour(report.window_start), as_hour(report.window_end))
@@ -216,6 +222,7 @@ def _publish(
     from pipeline.publishing.publish import publish_update  # imports MLflow, which takes a second
 
     try:
+        saved = _whole(saved, config, spec)
         with saved.learner.averaged():
             example_probabilities = predictor_of(saved, spec).predict_examples(shown.examples)
         return publish_update(

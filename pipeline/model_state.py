@@ -7,9 +7,11 @@ ended, or a new one.
 import hashlib
 import json
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,8 +63,9 @@ from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.optimizers import group_scalars, load_group_scalars
 from pipeline.training.precision import choose_precision
-from pipeline.training.processes import Processes, shard_tables
+from pipeline.training.processes import Processes
 from pipeline.training.replay import ReplayMemory
+from pipeline.training.sharding import spread_tables
 from pipeline.training.smoothing import MovingAverage
 from sampling.plan import SamplingPlan, as_table
 
@@ -119,13 +122,14 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
     """
     processes = processes or Processes.started()
     notes: list[str] = []
-    for version in _candidates(config):
+    for version in processes.from_first(lambda: _candidates(config)):
         try:
             state = _restored(version, config, spec, processes)
-            state = state if state.serving is None else _with_whole_champion(state, config)
+            state = state if state.serving is None else _with_whole_champion(state, config, processes)
             return replace(state, notes=(*notes, *state.notes))
         except CorruptCheckpoint as error:
-            set_aside(config.model_dir, version)
+            if processes.is_first:
+                set_aside(config.model_dir, version)
             notes.append(f"{error}; went back to the checkpoint before")
             log.warning("%s; going back to the checkpoint before", error)
     if notes:
@@ -136,8 +140,17 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
     return _create(config, spec, processes)
 
 
-def _with_whole_champion(state: ModelState, config: UpdateConfig) -> ModelState:
+def _with_whole_champion(state: ModelState, config: UpdateConfig, processes: Processes) -> ModelState:
     """The model that learned on, and a champion that it can be compared with; it serves itself where none is whole."""
+    processes.wait()  # others still read which version serves
+    serving, notes = processes.from_first(lambda: _whole_champion(state, config))
+    if not notes:
+        return state
+    return replace(state, serving=serving, evidence=None, notes=(*state.notes, *notes))
+
+
+def _whole_champion(state: ModelState, config: UpdateConfig) -> tuple[int | None, list[str]]:
+    """The version that serves, whole, or None where it is the state's own; and what had to be done for it."""
     folder, notes = config.model_dir, list[str]()
     for version in dict.fromkeys([state.serving, *versions(folder)[::-1]]):
         if version is None or version >= state.version:
@@ -150,13 +163,13 @@ def _with_whole_champion(state: ModelState, config: UpdateConfig) -> ModelState:
             notes.append(f"{error}; it served, and was set aside")
             continue
         if not notes:
-            return state
+            return version, notes
         point_to(folder, version)
         notes.append(f"version {version} serves instead; what was compared with the other is not counted")
-        return replace(state, serving=version, evidence=None, notes=(*state.notes, *notes))
+        return version, notes
     publish_head(folder, state.version)
     notes.append(f"no other version is whole: version {state.version}, which was not proven, serves")
-    return replace(state, serving=None, evidence=None, notes=(*state.notes, *notes))
+    return None, notes
 
 
 def restore_serving(config: UpdateConfig, spec: DatasetSpec, state: ModelState) -> ModelState:
@@ -170,13 +183,13 @@ def restore_serving(config: UpdateConfig, spec: DatasetSpec, state: ModelState) 
 
 
 def restore_version(config: UpdateConfig, spec: DatasetSpec, version: int) -> ModelState:
-    """The model of a version that is kept.
+    """The model of a version that is kept, whole in this process, whatever others there are.
 
     Raises:
         SpecMismatch: it belongs to another spec or another kind of model.
         CorruptCheckpoint: it is not whole, or gone.
     """
-    return _restored(version, config, spec, Processes.started())
+    return _restored(version, config, spec, Processes())
 
 
 def save(
@@ -230,6 +243,19 @@ def save(
         published=published,
     )
     return state
+
+
+def fingerprint_of_copies(state: ModelState) -> str:
+    """Of what every process keeps a copy of: dense weights and all that is remembered beside the tables.
+
+    A checksum, against defects: it is not meant to withstand anybody.
+    """
+    found = 0
+    kept = state.memory.arrays() | state.ids.arrays() | state.replay.arrays() | state.late_clicks.arrays()
+    kept |= {f"dense.{name}": weight.detach().cpu().numpy() for name, weight in state.learner.parameters.items()}
+    for name, array in sorted(kept.items()):
+        found = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, zlib.crc32(name.encode(), found))
+    return f"{found:08x} {Moments.of(state.moments)}"
 
 
 def as_saved(state: ModelState, window: Window, learned: Learned, config: UpdateConfig) -> ModelState:
@@ -314,9 +340,19 @@ def _candidates(config: UpdateConfig) -> list[int]:
 
 
 def _restored(version: int, config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
-    manifest = read_manifest(config.model_dir, version)
-    _check_fit(manifest, config, spec)
-    return _restore(manifest, config, spec, processes)
+    found = processes.from_first(lambda: _manifest_or_fault(config, version))
+    if isinstance(found, CorruptCheckpoint):
+        raise found
+    _check_fit(found, config, spec)
+    return _restore(found, config, spec, processes)
+
+
+def _manifest_or_fault(config: UpdateConfig, version: int) -> Manifest | CorruptCheckpoint:
+    """As a value, so that all processes can go on from either."""
+    try:
+        return read_manifest(config.model_dir, version)
+    except CorruptCheckpoint as error:
+        return error
 
 
 def _kept_arrays(state: ModelState, champion: int | None) -> dict[str, npt.NDArray[Any]]:
@@ -353,9 +389,18 @@ def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> N
 
 
 def _model(
-    config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device, *, gated: bool = False
+    config: UpdateConfig, spec: DatasetSpec, processes: Processes, device: torch.device, *, gated: bool = False, new: bool
 ) -> CtrModel:
-    model = build_model(
+    spread = partial(
+        spread_tables,
+        processes=processes,
+        device=device,
+        sharding=config.processes.sharding,
+        sparse_optimizer=config.training.sparse_optimizer,
+        seed=config.training.seed,
+        new=new,
+    )
+    return build_model(
         architecture(config.model, gated=gated),
         table_layout(spec),
         num_dense=num_dense_columns(spec),
@@ -365,22 +410,23 @@ def _model(
         wide_beta=config.training.wide_beta,
         device=device,
         seed=config.training.seed,
+        spread=spread,
     )
-    model.tables = shard_tables(model.tables, processes, device)
-    return model
 
 
 def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     device = default_device()
-    model = _model(config, spec, processes, device)
-    precision = choose_precision(
-        config.training.precision,
-        model.net,
-        deep_width=sum(model.layout.deep_dims),
-        wide_width=len(model.layout.wide_keys),
-        num_dense=num_dense_columns(spec),
-        rows=config.training.micro_batch_size,
-        device=device,
+    model = _model(config, spec, processes, device, new=True)
+    precision = processes.from_first(
+        lambda: choose_precision(
+            config.training.precision,
+            model.net,
+            deep_width=sum(model.layout.deep_dims),
+            wide_width=len(model.layout.wide_keys),
+            num_dense=num_dense_columns(spec),
+            rows=config.training.micro_batch_size,
+            device=device,
+        )
     )
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)
     return ModelState(
@@ -401,7 +447,7 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     dense = load_dense(config.model_dir, manifest)
     before, after = table_layout(trained_on), table_layout(spec)
     gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.head_keys != after.head_keys)
-    model = _model(config, spec, processes, device, gated=gated)
+    model = _model(config, spec, processes, device, gated=gated, new=trained_on.fingerprint() != spec.fingerprint())
     asked = config.training.precision
     precision: Arithmetic = manifest.precision if asked == "auto" else asked
     learner = Learner(model, config.training, precision=precision, device=device, processes=processes)

@@ -1,11 +1,15 @@
 """One update, from the rows that wait in the click log to the published model: the whole story on one screen.
 
 window -> check -> evaluate before learning -> learn until done or out of time -> evaluate -> judge -> publish -> report
+
+Many processes run it side by side: they read, learn and score together; the first one alone decides, writes and publishes, and
+what it decided holds in all (`Processes.from_first`).
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -34,7 +38,7 @@ from pipeline.evaluation.judge import Scores, evaluate, evaluate_before
 from pipeline.evaluation.metrics import CalibrationBin
 from pipeline.evaluation.profile import profile_of
 from pipeline.lock import alone
-from pipeline.model_state import ModelState, admit_ids, as_saved, restore_or_create, save
+from pipeline.model_state import ModelState, admit_ids, as_saved, fingerprint_of_copies, restore_or_create, save
 from pipeline.outcome import LEARNED, UpdateReport
 from pipeline.publishing.checkpoint import current_version, forget_unpublished
 from pipeline.publishing.report import append_history, read_history, reason_of
@@ -43,6 +47,7 @@ from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import Clock, Deadline, earlier_step_time, refuse_too_small, reserve_seconds
 from pipeline.training.late_clicks import LateClicks, Looks, logits_of
 from pipeline.training.learn import Learned, Progress, learn
+from pipeline.training.processes import Processes
 from pipeline.training.replay import after_window, with_replay
 from pipeline.training.sampling import sample_window, without_rows
 from pipeline.training.step_time import StepTimeFit
@@ -70,10 +75,19 @@ def run_update(
     clock: Clock = time.monotonic,
     now: datetime | None = None,
     progress: Progress = lambda done, rows: None,
+    spent_seconds: float = 0.0,
 ) -> UpdateReport | None:
-    """Learns the next closed window and publishes the model; None where no window waits.
+    """Learns the next closed window and publishes the model; None where no window waits, and in all processes but the first.
 
     The model before stays current until the new one is written whole, and the rows stay waiting until then.
+
+    Args:
+        config: settings; the same in all processes, and so is the call.
+        stage: runs each stage.
+        clock: of the deadline.
+        now: no later window is closed; None: the wall clock. Only the first process is asked.
+        progress: called after each step.
+        spent_seconds: of the budget, by an attempt before this one.
 
     Raises:
         UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
@@ -82,19 +96,25 @@ def run_update(
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)
-    with alone(config.model_dir, "update", wait_seconds=config.lock_wait_seconds):
-        stages, now = _Stages(stage, clock), now or datetime.now(UTC)
-        state = stages.run("restore", lambda: _restore(config, spec))
-        history = [record for record in read_history(config.model_dir) if record["outcome"] in LEARNED]
+    processes = Processes.started()
+    with ExitStack() as held:
+        lock = alone(config.model_dir, "update", wait_seconds=config.lock_wait_seconds)
+        processes.from_first(lambda: held.enter_context(lock))
+        stages, asked = _Stages(stage, clock), now
+        now, spent_seconds = processes.from_first(lambda: (asked or datetime.now(UTC), spent_seconds))
+        state = stages.run("restore", lambda: _restore(config, spec, processes))
+        history = processes.from_first(lambda: [r for r in read_history(config.model_dir) if r["outcome"] in LEARNED])
         click_log, window = stages.run("find window", lambda: _find_window(config, spec, state, now))
         if window is None:
             return None
-        deadline = _deadline(config, stages, history)
+        deadline = _deadline(config, stages, history, spent_seconds)
         rows = stages.run("load", lambda: load_rows(click_log, window, state, spec, config))
-        seen = stages.run("check the data", lambda: _check(state, rows, window, config, spec, history))
+        seen = stages.run(
+            "check the data", lambda: processes.from_first(lambda: _check(state, rows, window, config, spec, history))
+        )
         if seen.alarms and config.alarms.action == "hold":
             report = describe_suspicious(config, spec, window, state, seen, stages.seconds)
-            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
+            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now, processes))
         before, frozen = stages.run("evaluate before learning", lambda: evaluate_before(state, rows, config, spec, deadline))
         champion_H = stages.run(
             "predict as the champion", lambda: champion_probabilities(state, rows, config, spec, window.start)
@@ -106,7 +126,7 @@ def run_update(
         if own and verdict and verdict.decision == "reject":
             report = describe(config, spec, window, state, rows, learned, plan, scores, stages.seconds)
             report = replace(as_rejected(report, state), profile=seen.profile, gate=verdict)
-            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
+            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now, processes))
         on_hold = verdict.decision == "hold" if verdict else state.serving is not None
         published = not (own and on_hold)
 
@@ -119,6 +139,8 @@ def run_update(
 
         checkpoint = _Checkpoint(described, before.bins if before else (), published)
         saved = stages.run("checkpoint", lambda: _checkpoint(state, rows, window, learned, plan, config, spec, checkpoint))
+        if not processes.is_first:
+            return None
         report = end_update(
             config,
             spec,
@@ -161,23 +183,28 @@ class _Checkpoint(NamedTuple):
     published: bool
 
 
-def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, object]]) -> Deadline:
+def _deadline(config: UpdateConfig, stages: _Stages, history: list[dict[str, object]], spent_seconds: float) -> Deadline:
     tails = [sum(record["seconds"].get(name, 0.0) for name in AFTER_LEARNING) for record in history]  # type: ignore[attr-defined]
     budget = config.budget
     reserve = reserve_seconds(tails, budget_seconds=budget.seconds, min_reserve_seconds=budget.min_reserve_seconds)
-    return Deadline(started=stages.started, budget_seconds=budget.seconds, reserve_seconds=reserve, clock=stages.clock)
+    started = stages.started - spent_seconds
+    return Deadline(started=started, budget_seconds=budget.seconds, reserve_seconds=reserve, clock=stages.clock)
 
 
-def _restore(config: UpdateConfig, spec: DatasetSpec) -> ModelState:
+def _restore(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     """The model, once what an update before was killed in is done."""
-    end_interrupted(config, spec)
+    processes.from_first(lambda: end_interrupted(config, spec))
     return restore_or_create(config, spec)
 
 
 def _find_window(config: UpdateConfig, spec: DatasetSpec, state: ModelState, now: datetime) -> tuple[ClickLog, Window | None]:
-    click_log = ClickLog.open_or_create(config.log_path, spec)
-    window = next_window(click_log, state.cursor, config.window, now, held_windows(config.model_dir))
-    return click_log, window and join_clicks(click_log, window, spec, config.window.label_delay_minutes)
+    def found() -> Window | None:
+        click_log = ClickLog.open_or_create(config.log_path, spec)
+        window = next_window(click_log, state.cursor, config.window, now, held_windows(config.model_dir))
+        return window and join_clicks(click_log, window, spec, config.window.label_delay_minutes)
+
+    window = state.learner.processes.from_first(found)
+    return ClickLog.open_or_create(config.log_path, spec), window
 
 
 def _check(
@@ -205,7 +232,14 @@ def _check(
     return Checked(profile=profile, alarms=alarms)
 
 
-def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now: datetime) -> UpdateReport:
+def _hold_aside(
+    config: UpdateConfig, window: Window, report: UpdateReport, now: datetime, processes: Processes
+) -> UpdateReport | None:
+    """The report of the window that was held aside; None in all processes but the first."""
+    return _held_aside(config, window, report, now) if processes.is_first else None
+
+
+def _held_aside(config: UpdateConfig, window: Window, report: UpdateReport, now: datetime) -> UpdateReport:
     """Holds the window aside; the model that serves and what it has consumed stay as they are, and rows that an earlier window
     left wait on.
 
@@ -252,7 +286,8 @@ def _judge(
     if not rows.judged:
         return state, None
     evidence = gathered_evidence(state, rows, champion_H, config.gate.max_rows)
-    return replace(state, evidence=evidence), gate_verdict(evidence, rows, learned, config, history)
+    verdict = state.learner.processes.from_first(lambda: gate_verdict(evidence, rows, learned, config, history))
+    return replace(state, evidence=evidence), verdict
 
 
 def _learn(
@@ -268,7 +303,8 @@ def _learn(
     counted = np.setdiff1d(np.arange(rows.num_logged), rows.held_out, assume_unique=True)
     encoded, ids = admit_ids(state, rows.examples, rows.encoded, spec, hour=window.start, counted_rows=counted)
     rows, training = replace(rows, encoded=encoded, ids=ids), config.training
-    learner, fit = state.learner, StepTimeFit(prior=earlier_step_time(read_history(config.model_dir)))
+    learner = state.learner
+    fit = StepTimeFit(prior=learner.processes.from_first(lambda: earlier_step_time(read_history(config.model_dir))))
     refuse_too_small(config, deadline, fit.prior)
     policy = batch_policy(training, fit=fit, noise_scale=lambda: learner.noise_scale.last)
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
@@ -320,9 +356,14 @@ def _checkpoint(
     state = replace(state, late_clicks=_late_clicks(state, rows, window, learned, reached, spec))
     remembered = state.memory.add(rows.examples.take(np.flatnonzero(~logged.unreached_R)), window.start)
     state = replace(state, notes=(*state.notes, *_memory_notes(remembered)))
-    note_down(config.model_dir, checkpoint.described(as_saved(state, window, logged, config)), checkpoint.bins)
+    processes = state.learner.processes
+    if processes.count > 1:
+        processes.require_equal("counters, histories, ids or dense weights", fingerprint_of_copies(state))
+    if processes.is_first:
+        note_down(config.model_dir, checkpoint.described(as_saved(state, window, logged, config)), checkpoint.bins)
     saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=checkpoint.published)
-    freeze(config, spec, saved)
+    if processes.is_first:
+        freeze(config, spec, saved)
     return saved
 
 

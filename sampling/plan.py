@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_schemas.errors import ConfigError
-from data_schemas.examples import F32, I64, U64
+from data_schemas.examples import F32, I64
+from sampling.counting import CountedIds
 from sampling.strata import Allocation, Numbers, Strata, StratifyBy, keep_rates, strata_of
 from sampling.thinning import Bools, Correction, Method, Thinned, effective_rows, logit_shift, thin, within_cap
 
@@ -48,8 +49,8 @@ class Columns:
     """What rules look at, of each row of a window."""
 
     labels_R: F32
-    user_R: U64
-    item_R: U64
+    users: CountedIds
+    items: CountedIds
     hour_R: I64
     popularity_R: Numbers | None = None
     age_hours_R: Numbers | None = None
@@ -151,8 +152,8 @@ def sample_rows(rules: Rules, columns: Columns, seed: tuple[int, ...]) -> Sample
         return Sample(strata=strata, kept_R=None, factor_R=None, shift_R=None, plan=table)
     others = tuple(name for name in rules.strata if name != "label")
     strata, rng = columns.strata(("label", *others)), np.random.default_rng([*seed, 3])
-    among_R = within_cap(columns.user_R, rules.max_rows_per_user, rng)
-    among_R &= within_cap(columns.item_R, rules.max_rows_per_item, rng)
+    among_R = within_cap(columns.users, rules.max_rows_per_user, rng)
+    among_R &= within_cap(columns.items, rules.max_rows_per_item, rng)
     wanted_S = _rates(rules, strata, among_R)
     thinned = thin(strata, wanted_S, rng, method=rules.draw, replacement=rules.replacement, among_R=among_R)
     factor_R, shift_R = thinned.factor_R, None

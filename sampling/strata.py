@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from data_schemas.errors import ConfigError
 from data_schemas.examples import I64
+from sampling.counting import grouped
 
 F64 = npt.NDArray[np.float64]
 I32 = npt.NDArray[np.int32]
@@ -176,7 +177,7 @@ def draw(stratum_R: I32, taken_S: I64, rng: np.random.Generator, replacement: bo
     taken = np.asarray(taken_S, np.int64)
     counts = np.bincount(stratum_R, minlength=len(taken))
     _check_taken(counts, taken, replacement=replacement)
-    grouped_R = np.argsort(stratum_R.astype(np.uint16) if len(taken) <= MAX_STRATA else stratum_R, kind="stable")
+    grouped_R = grouped(stratum_R, len(taken))
     ends = np.cumsum(counts)
     chosen = [
         end - count + _chosen(count, size, rng, replacement=replacement)
@@ -187,16 +188,6 @@ def draw(stratum_R: I32, taken_S: I64, rng: np.random.Generator, replacement: bo
     return rows, (taken / np.maximum(counts, 1))[stratum_R[rows]]
 
 
-def occurrences(ids_R: Numbers) -> I64:
-    """`[R]` how often each row's id is among all: popularity of items, activity of users.
-
-    >>> occurrences(np.array([7, 7, 9]))
-    array([2, 2, 1])
-    """
-    _, inverse_R, counts = np.unique(ids_R, return_inverse=True, return_counts=True)
-    return counts.astype(np.int64, copy=False)[inverse_R]
-
-
 def _bins(name: StratifyBy, column_R: Numbers) -> tuple[I64, list[str]]:
     """`[R]` the bin of each row, and what bins are called."""
     match name:
@@ -205,18 +196,25 @@ def _bins(name: StratifyBy, column_R: Numbers) -> tuple[I64, list[str]]:
         case "item_popularity":
             step = max(len(column_R) // _QUANTILE_ROWS, 1)
             edges = np.quantile(column_R[::step], np.arange(1, 10) / 10) if len(column_R) else np.zeros(9)
-            return np.searchsorted(edges, column_R, side="right"), [f"decile {number}" for number in range(1, 11)]
+            return _cut(edges, column_R), [f"decile {number}" for number in range(1, 11)]
         case "item_age":
             known_R = column_R >= 0
             bins_R = np.where(known_R, np.searchsorted(AGE_EDGES_HOURS, column_R, side="right") + 1, 0)
             return bins_R, ["unknown", *_ranges(AGE_EDGES_HOURS, " h")]
         case "user_activity":
-            return np.searchsorted(ACTIVITY_EDGES, column_R, side="right"), _ranges(ACTIVITY_EDGES, "")
+            return _cut(np.asarray(ACTIVITY_EDGES), column_R), _ranges(ACTIVITY_EDGES, "")
         case "hour":
             hours, bins_R = np.unique(column_R, return_inverse=True)
             return bins_R.astype(np.int64, copy=False), [str(hour) for hour in np.datetime_as_string(hours.astype("M8[h]"))]
         case _:
             assert_never(name)
+
+
+def _cut(edges: Numbers, column_R: Numbers) -> I64:
+    """`[R]` how many of the ascending edges are at most each value; counts of rows are cut once a value, not once a row."""
+    if column_R.dtype.kind in "iu" and len(column_R) and column_R.min() >= 0 and column_R.max() <= len(column_R):
+        return np.searchsorted(edges, np.arange(column_R.max() + 1), side="right")[column_R]
+    return np.searchsorted(edges, column_R, side="right")
 
 
 def _ranges(edges: Sequence[int], unit: str) -> list[str]:

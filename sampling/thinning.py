@@ -8,7 +8,7 @@ are p / q times the true ones, so a model whose logit z is judged as z + log(p /
 and Zeng 2001, Political Analysis 9:137, eq. 7; He et al. 2014, ADKDD, sec. 6.3: a probability P learned from negatives kept at
 rate q is P / (P + (1 - P) / q)).
 
-Letters: R rows, S strata.
+Letters: R rows, S strata, G distinct ids, O ids over a cap.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_schemas.errors import ConfigError
-from data_schemas.examples import F32, I64, U64
+from data_schemas.examples import F32, I64
 from data_schemas.hashing import MISSING
+from sampling.counting import CountedIds, grouped
 from sampling.strata import F64, Strata, draw
 
 Bools = npt.NDArray[np.bool_]
@@ -97,22 +98,23 @@ def logit_shift(rate_of_clicks: F64, rate_of_others: F64) -> F32:
     return np.log(np.asarray(rate_of_clicks) / np.asarray(rate_of_others)).astype(np.float32)
 
 
-def within_cap(ids_R: U64, cap: int, rng: np.random.Generator) -> Bools:
+def within_cap(counted: CountedIds, cap: int, rng: np.random.Generator) -> Bools:
     """`[R]` true for at most `cap` rows of each id, drawn uniformly among its rows; true for all rows where `cap` is 0.
 
     Rows whose id is missing are nobody's, and are never over a cap. A cap is a rule, not an estimate: nothing makes up for the
     rows it leaves out, and an id above it counts for less.
     """
-    if cap == 0 or not len(ids_R):
-        return np.ones(len(ids_R), bool)
-    shuffled_R = rng.permutation(len(ids_R))
-    found_R = ids_R[shuffled_R]
-    order_R = np.argsort(found_R, kind="stable")
-    is_first_R = np.concatenate([[True], np.diff(found_R[order_R]) != 0])
-    first_R = np.maximum.accumulate(np.where(is_first_R, np.arange(len(ids_R)), 0))
-    within_R = np.empty(len(ids_R), bool)
-    within_R[shuffled_R[order_R]] = np.arange(len(ids_R)) - first_R < cap
-    within_R[ids_R == MISSING] = True
+    within_R = np.ones(len(counted.ids_R), bool)
+    if cap == 0 or not len(within_R):
+        return within_R
+    over_G = (counted.counts_G > cap) & (counted.ids_G != MISSING)
+    over_R = np.flatnonzero(over_G[counted.code_R])
+    if len(over_R):
+        count_O, number_G = counted.counts_G[over_G], np.cumsum(over_G) - 1
+        shuffled_R = rng.permutation(over_R)
+        by_id_R = shuffled_R[grouped(number_G[counted.code_R[shuffled_R]], len(count_O))]
+        place_R = np.arange(len(by_id_R)) - np.repeat(np.cumsum(count_O) - count_O, count_O)
+        within_R[by_id_R[place_R >= cap]] = False
     return within_R
 
 

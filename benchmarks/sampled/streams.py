@@ -67,10 +67,17 @@ def hours_of(spec: DatasetSpec, *, ctr: float, hours: int, rows: int, seed: int)
 
 def examples_of(spec: DatasetSpec, *, ctr: float, hours: int, rows: int, seed: int) -> Iterator[Examples]:
     """Hours of `rows` rows each."""
+    for examples, _ in examples_and_truth_of(spec, ctr=ctr, hours=hours, rows=rows, seed=seed):
+        yield examples
+
+
+def examples_and_truth_of(spec: DatasetSpec, *, ctr: float, hours: int, rows: int, seed: int) -> Iterator[tuple[Examples, F32]]:
+    """The same, with the probability that each label was drawn from."""
     config = SyntheticConfig(hours=hours, rows_per_hour=rows, traffic_ratio=1.0, base_ctr=ctr, seed=seed)
     stream = SyntheticStream(config)
     for number in range(hours):
-        yield to_examples(stream.hour(number).table, spec)
+        hour = stream.hour(number)
+        yield to_examples(hour.table, spec), hour.true_probability_R
 
 
 class Model:

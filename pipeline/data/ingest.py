@@ -3,8 +3,9 @@
 Enters: files of click logs. Leaves: their good rows in the click log, each in its own hour; their bad rows and the
 broken files in the quarantine; and a report that accounts for every row and every file.
 
-One file is one commit. The quarantine is committed first, both commits carry the file's fingerprint: after a kill
-between the two the file is read again, and nothing is there twice.
+A file is first staged, here or in other processes: read, checked and written beside the log. Then it is one commit; files
+are committed in their order, by one process. The quarantine is committed first, both commits carry the file's
+fingerprint: after a kill between the two the file is read again, and nothing is there twice.
 
 Rows with an event key that their hour has already are duplicates. Where the spec keeps repeats, the number of the row
 among those of its file with the same hour and key is mixed into the key, except for the first: only a row that an
@@ -12,27 +13,24 @@ earlier file had as often is then a duplicate.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import PurePosixPath
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from data_schemas.click_log import MICROSECONDS_PER_HOUR, Validated, validate, validate_clicks
-from data_schemas.dataset import Clicks, DatasetSpec
-from data_schemas.errors import BrokenFile, CommitConflict, DataError
-from data_schemas.hashing import combine_hashes
-from pipeline.data.lake import ClickLog, HourFiles, LogFile, Quarantine, RejectedRows
-from pipeline.data.landing import LandingFile, RawBatch, list_landing, read_batches
+from data_schemas.dataset import DatasetSpec
+from data_schemas.errors import CommitConflict, DataError
+from pipeline.data.event_keys import SeenKeys
+from pipeline.data.lake import ClickLog, LogFile, Quarantine
+from pipeline.data.landing import LandingFile, list_landing
+from pipeline.data.staging import Destination, StagedFile, UnstagedFile, remove, stage_file
 
 Bools = npt.NDArray[np.bool_]
-I64 = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
 
 MAX_ATTEMPTS = 5
 """How often a file is read again because another process wrote to the log meanwhile."""
@@ -40,8 +38,9 @@ MAX_ATTEMPTS = 5
 MAX_TROUBLED_FILES = 20
 """Files that a report names."""
 
-MAX_REMEMBERED_KEYS = 64_000_000
-"""Event keys kept in memory between files, 8 bytes each; beyond it they are read from the log again."""
+Stage = Callable[[LandingFile], StagedFile | UnstagedFile]
+Spread = Callable[[Stage, Iterable[LandingFile]], Iterator[StagedFile | UnstagedFile]]
+"""As `map`: what the function makes of each file, in their order; it may do so ahead, in other processes and machines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +90,7 @@ def ingest_landing(
     *,
     now: datetime,
     progress: Callable[[int, int], None] | None = None,
+    spread: Spread = map,
 ) -> IngestReport:
     """Bring everything new under `landing` into the click log.
 
@@ -98,6 +98,7 @@ def ingest_landing(
         landing: a local folder or any fsspec address.
         now: aware; the clock that future times are judged by.
         progress: called after each file with the number done and the number of all.
+        spread: where files are staged; by itself, here and one after the other. The log is the same, whatever it is.
 
     Raises:
         DataError: there is no such folder, or the log cannot be written (a full disk, say). What was committed before
@@ -108,138 +109,18 @@ def ingest_landing(
     listing = list_landing(landing)
     tally = _Tally(files_unknown=len(listing.unknown))
     tally.troubled += [f"{path}: the name tells no known format" for path in listing.unknown]
-    seen = SeenKeys(log)
-    for done, file in enumerate(listing.files, start=1):
-        _ingest_file(file, _Ingest(log=log, quarantine=quarantine, spec=spec, now=now, seen=seen), tally)
+    ingest = _Ingest(log=log, quarantine=quarantine, spec=spec, now=now, seen=SeenKeys(log))
+    new = [file for file in listing.files if not ingest.knows(file)]
+    tally.files_skipped += len(listing.files) - len(new)
+    if progress and tally.files_skipped:
+        progress(tally.files_skipped, len(listing.files))
+    # A row's time depends on the files before its own where it is its place in the stream.
+    staged = map(ingest.stage, new) if spec.time.format == "row_order" else spread(partial(stage_file, into=ingest.into), new)
+    for done, file in enumerate(staged, start=len(listing.files) - len(new) + 1):
+        _ingest_file(file, ingest, tally)
         if progress:
             progress(done, len(listing.files))
     return tally.report(log.version)
-
-
-class SeenKeys:
-    """Event keys by hour: those of the click log, read when first asked for, and those of the file in hand.
-
-    A key is 8 bytes; while a file is read whose repeats are kept, each of its good rows takes 8 bytes more. Keys lie in
-    sorted arrays of rising size that are merged as they grow (a log-structured merge tree, O'Neil et al. 1996), so that
-    n keys cost n log n however they arrive.
-    """
-
-    _files: dict[int, list[LogFile]]
-    _hours: set[int]
-    _committed: "dict[int, _SortedKeys]"
-    _staged: "dict[int, _SortedKeys]"
-    _read: "dict[int, _SortedKeys]"
-
-    def __init__(self, log: ClickLog) -> None:
-        self._log = log
-        self.forget()
-
-    @property
-    def newest_hour(self) -> int | None:
-        """The latest hour of the log, without the file in hand; None for an empty log."""
-        return max(self._hours, default=None)
-
-    def take_new(self, hour: int, keys_R: U64, around: int = 0) -> Bools:
-        """`[R]` true for the first row of each key that neither the log nor the file had in that hour; stages them.
-
-        Args:
-            hour: of the rows.
-            keys_R: their event keys.
-            around: nor in so many hours before and after it.
-        """
-        distinct, first_R = np.unique(keys_R, return_index=True)
-        staged = self._staged.setdefault(hour, _SortedKeys())
-        new = ~(self._of_log(hour).contain(distinct) | staged.contain(distinct))
-        for other in range(hour - around, hour + around + 1):
-            if other != hour:
-                new &= ~(self._of_log(other).contain(distinct) | self._staged.get(other, _SortedKeys()).contain(distinct))
-        staged.add(distinct[new])
-        is_new_R = np.zeros(len(keys_R), bool)
-        is_new_R[first_R[new]] = True
-        return is_new_R
-
-    def tell_repeats_apart(self, hour: int, keys_R: U64) -> U64:
-        """`[R]` a key of its own for each row: the first of the file with that key in the hour keeps it."""
-        order = np.argsort(keys_R, kind="stable")
-        sorted_R = keys_R[order]
-        distinct, start_D, count_D = np.unique(sorted_R, return_index=True, return_counts=True)
-        read = self._read.setdefault(hour, _SortedKeys())
-        number_R = np.empty(len(keys_R), np.uint64)
-        number_R[order] = np.arange(len(keys_R)) - np.repeat(start_D - read.count(distinct), count_D)
-        read.add(sorted_R)
-        return np.where(number_R > 0, combine_hashes(keys_R, number_R), keys_R)
-
-    def commit(self) -> None:
-        """The file in hand is in the log."""
-        only_ours = self._log.version == self._version + 1
-        if not only_ours or sum(len(keys) for keys in self._committed.values()) > MAX_REMEMBERED_KEYS:
-            self.forget()
-            return
-        for hour, keys in self._staged.items():
-            self._committed[hour].merge(keys)
-            self._hours.add(hour)
-        self._staged, self._read = {}, {}
-        self._version += 1
-
-    def roll_back(self) -> None:
-        """The file in hand did not enter the log."""
-        self._staged, self._read = {}, {}
-
-    def forget(self) -> None:
-        """Read the log again."""
-        self._version = self._log.version
-        self._files = {}
-        for file in self._log.files():
-            self._files.setdefault(file.hour, []).append(file)
-        self._hours = set(self._files)
-        self._committed, self._staged, self._read = {}, {}, {}
-
-    def _of_log(self, hour: int) -> "_SortedKeys":
-        if hour not in self._committed:
-            keys = _SortedKeys()
-            keys.add(np.sort(self._log.keys_of(self._files.get(hour, []))))
-            self._committed[hour] = keys
-        return self._committed[hour]
-
-
-class _SortedKeys:
-    """A set, or multiset, of uint64 in sorted arrays, each at least twice as long as the next."""
-
-    def __init__(self) -> None:
-        self._runs: list[U64] = []
-
-    def __len__(self) -> int:
-        return sum(len(run) for run in self._runs)
-
-    def contain(self, keys: U64) -> Bools:
-        """Which of `keys` are in the set."""
-        found = np.zeros(len(keys), bool)
-        for run in self._runs:
-            places = np.minimum(np.searchsorted(run, keys), len(run) - 1)
-            found |= run[places] == keys
-        return found
-
-    def count(self, keys: U64) -> I64:
-        """How often each of `keys` was added."""
-        counts = np.zeros(len(keys), np.int64)
-        for run in self._runs:
-            counts += np.searchsorted(run, keys, side="right") - np.searchsorted(run, keys, side="left")
-        return counts
-
-    def add(self, keys: U64) -> None:
-        """Sorted keys; for a set, none that it has."""
-        if not len(keys):
-            return
-        self._runs.append(keys)
-        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            merged = np.concatenate([self._runs.pop(), self._runs.pop()])
-            merged.sort(kind="stable")
-            self._runs.append(merged)
-
-    def merge(self, other: "_SortedKeys") -> None:
-        """Another set, disjoint from this one."""
-        for run in other._runs:
-            self.add(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,12 +131,34 @@ class _Ingest:
     now: datetime
     seen: SeenKeys
 
+    @property
+    def into(self) -> Destination:
+        return Destination(
+            log_root=self.log.root,
+            log_schema=self.log.schema,
+            quarantine_root=self.quarantine.root,
+            spec=self.spec,
+            now=self.now,
+        )
+
+    def knows(self, file: LandingFile) -> bool:
+        return self.log.has_ingested(file.fingerprint) or self.quarantine.has_broken(file.fingerprint)
+
+    def stage(self, file: LandingFile) -> StagedFile | UnstagedFile:
+        """In this process, now."""
+        return stage_file(file, self.into, self.log.rows_read)
+
+    def catch_up(self) -> None:
+        """See what other processes have committed."""
+        self.log.refresh()
+        self.quarantine.refresh()
+        self.seen.forget()
+
 
 @dataclass(kw_only=True)
 class _Counts:
-    """Of one file."""
+    """Of one file, or of all."""
 
-    rows_read: int = 0
     accepted: int = 0
     duplicate: int = 0
     late: int = 0
@@ -283,6 +186,11 @@ class _Tally:
         self.rows.rejected += counts.rejected
         self.rows.reasons.update(counts.reasons)
 
+    def leave(self, file: UnstagedFile) -> None:
+        self.files_broken += file.broken
+        self.files_unreadable += not file.broken
+        self.troubled.append(f"{file.landing.path}: {file.reason}")
+
     def report(self, log_version: int) -> IngestReport:
         return IngestReport(
             files_read=self.files_read,
@@ -300,155 +208,88 @@ class _Tally:
         )
 
 
-def _ingest_file(file: LandingFile, ingest: _Ingest, tally: _Tally) -> None:
-    for _ in range(MAX_ATTEMPTS):
-        if ingest.log.has_ingested(file.fingerprint) or ingest.quarantine.has_broken(file.fingerprint):
+def _ingest_file(staged: StagedFile | UnstagedFile, ingest: _Ingest, tally: _Tally) -> None:
+    file = staged.landing
+    for attempt in range(MAX_ATTEMPTS):
+        if ingest.knows(file):
             tally.files_skipped += 1
+            _discard(staged, ingest)
             return
+        if attempt:
+            staged = ingest.stage(file)
         try:
-            tally.add(_commit_file(file, ingest))
-            return
-        except BrokenFile as error:
-            if _quarantine_file(file, str(error), ingest):
-                tally.files_broken += 1
-                tally.troubled.append(f"{file.path}: {error}")
+            if isinstance(staged, StagedFile):
+                tally.add(_commit_file(staged, ingest))
                 return
-        except CommitConflict:
-            _catch_up(ingest)
-        except (OSError, MemoryError) as error:
-            tally.files_unreadable += 1
-            tally.troubled.append(f"{file.path}: cannot be opened or read now ({type(error).__name__}: {error})")
+            if staged.broken:
+                ingest.quarantine.add_broken(file.path, staged.reason, file.fingerprint, ingest.now)
+            tally.leave(staged)
             return
+        except CommitConflict:
+            ingest.catch_up()
     raise DataError(
         f"other processes kept writing to {ingest.log.root} while {file.path} was ingested, {MAX_ATTEMPTS} times in a "
         "row; run one ingest at a time"
     )
 
 
-def _quarantine_file(file: LandingFile, reason: str, ingest: _Ingest) -> bool:
-    """False, if another process got in between."""
+def _commit_file(staged: StagedFile, ingest: _Ingest) -> _Counts:
+    """Where it fails, nothing of the file is in the log, and nothing waits beside it."""
+    file = staged.landing
     try:
-        ingest.quarantine.add_broken(file.path, reason, file.fingerprint, ingest.now)
-    except CommitConflict:
-        _catch_up(ingest)
-        return False
-    return True
-
-
-def _catch_up(ingest: _Ingest) -> None:
-    ingest.log.refresh()
-    ingest.quarantine.refresh()
-    ingest.seen.forget()
-
-
-def _commit_file(file: LandingFile, ingest: _Ingest) -> _Counts:
-    with _writers(file, ingest) as (accepted, rejected):
-        counts = _Counts()
-        newest_hour = ingest.seen.newest_hour
-        only_clicks = _holds_clicks(file, ingest.spec.clicks)
-        for batch in read_batches(file, ingest.spec.of_clicks() if only_clicks else ingest.spec):
-            for hour, num_rows in _write_batch(batch, ingest, accepted, rejected, counts, only_clicks=only_clicks):
-                counts.accepted += num_rows
-                counts.late += num_rows if newest_hour is not None and hour < newest_hour else 0
-        ingest.quarantine.append(rejected.close(), file.fingerprint, file.path)
+        counts, files = _only_new(staged, ingest)
+        with _removing(ingest.log.root, [written.path for written in files]):
+            ingest.quarantine.append(staged.rejected, file.fingerprint, file.path)
         metadata = {"landing_file": file.path, "rows_accepted": counts.accepted, "rows_rejected": counts.rejected}
-        ingest.log.append(accepted.close(), file.fingerprint, metadata, counts.rows_read)
-        ingest.seen.commit()
-        return counts
+        ingest.log.append(files, file.fingerprint, metadata, staged.rows_read)
+    except BaseException:
+        ingest.seen.roll_back()
+        raise
+    ingest.seen.commit()
+    return counts
+
+
+def _only_new(staged: StagedFile, ingest: _Ingest) -> tuple[_Counts, list[LogFile]]:
+    """The staged files, and in the place of those with duplicates others without."""
+    waiting = {written.path for written in staged.accepted}
+    with _removing(ingest.log.root, waiting), _removing(ingest.quarantine.root, staged.rejected):
+        counts, is_new_by_hour = _judge(staged, ingest)
+        files = list[LogFile]()
+        for hour, is_new_R in is_new_by_hour.items():
+            written = [file for file in staged.accepted if file.hour == hour]
+            if not is_new_R.all():
+                written = ingest.log.write_again(written, is_new_R, staged.landing.source)
+                waiting |= {file.path for file in written}
+            files += written
+    return counts, sorted(files)
+
+
+def _judge(staged: StagedFile, ingest: _Ingest) -> tuple[_Counts, dict[int, Bools]]:
+    """By hour, which rows are new, in the order in which they are written."""
+    newest_hour = ingest.seen.newest_hour
+    counts = _Counts(rejected=staged.rows_rejected, reasons=Counter(staged.reasons))
+    is_new: dict[int, list[Bools]] = {}
+    for offer in staged.offers:
+        is_new_R = ingest.seen.take_new(offer.hour, offer.keys_R, offer.around)
+        num_new = int(is_new_R.sum())
+        counts.accepted += num_new
+        counts.duplicate += len(is_new_R) - num_new
+        counts.late += num_new if newest_hour is not None and offer.hour < newest_hour else 0
+        is_new.setdefault(offer.hour, []).append(is_new_R)
+    return counts, {hour: np.concatenate(parts) for hour, parts in is_new.items()}
+
+
+def _discard(staged: StagedFile | UnstagedFile, ingest: _Ingest) -> None:
+    if isinstance(staged, StagedFile):
+        remove(ingest.log.root, (written.path for written in staged.accepted))
+        remove(ingest.quarantine.root, staged.rejected)
 
 
 @contextmanager
-def _writers(file: LandingFile, ingest: _Ingest) -> Iterator[tuple[HourFiles, RejectedRows]]:
-    """Writers whose files are removed again, if the file does not make it into the log."""
-    accepted = ingest.log.write(file.source)
-    rejected = ingest.quarantine.write(file.path, ingest.now)
+def _removing(root: Path, paths: Collection[str]) -> Iterator[None]:
+    """Where what happens inside fails, these files are removed; `paths` may grow meanwhile."""
     try:
-        yield accepted, rejected
+        yield
     except BaseException:
-        accepted.discard()
-        rejected.discard()
-        ingest.seen.roll_back()
+        remove(root, paths)
         raise
-
-
-def _write_batch(
-    batch: RawBatch,
-    ingest: _Ingest,
-    accepted: HourFiles,
-    rejected: RejectedRows,
-    counts: _Counts,
-    *,
-    only_clicks: bool,
-) -> Iterator[tuple[int, int]]:
-    """Write one batch; yields each hour with the number of rows that were new."""
-    parts = list(_validated(batch, ingest, only_clicks=only_clicks))
-    bad = [*batch.malformed, *(row for part, _ in parts for row in part.rejected)]
-    bad.sort(key=lambda row: row.row or 0)
-    rejected.add(bad)
-    counts.rows_read += batch.columns.num_rows + len(batch.malformed)
-    counts.rejected += len(bad)
-    counts.reasons.update(row.kind for row in bad)
-    for part, around in parts:
-        for hour, rows in _by_hour(part.accepted):
-            if ingest.spec.repeats == "keep":
-                rows = _with_repeats_apart(hour, rows, ingest.seen)
-            new_R = ingest.seen.take_new(hour, rows.column("event_key").to_numpy().view(np.uint64), around)
-            num_new = int(new_R.sum())
-            counts.duplicate += len(new_R) - num_new
-            if num_new:
-                accepted.add(hour, rows if num_new == len(new_R) else rows.filter(pa.array(new_R)))
-                yield hour, num_new
-
-
-def _validated(batch: RawBatch, ingest: _Ingest, *, only_clicks: bool) -> Iterator[tuple[Validated, int]]:
-    """Impressions, and clicks where they are events of their own; with each, the hours around its own that must not have its
-    key: a second click on an impression is a duplicate wherever it falls."""
-    spec, now, clicks = ingest.spec, ingest.now, ingest.spec.clicks
-    if clicks is None:
-        yield validate(batch.columns, spec, now=now, rows=batch.rows, rows_before=ingest.log.rows_read), 0
-        return
-    is_click_R = np.full(len(batch.rows), only_clicks)
-    if clicks.column:
-        is_click_R = _says(batch.columns.column(clicks.column), clicks.value)
-    shown, clicked = ~is_click_R, is_click_R
-    if shown.any():
-        yield validate(batch.columns.filter(pa.array(shown)), spec, now=now, rows=batch.rows[shown]), 0
-    if clicked.any():
-        columns = batch.columns.filter(pa.array(clicked))
-        yield validate_clicks(columns, spec, now=now, rows=batch.rows[clicked]), clicks.attribution_hours
-
-
-def _says(column: pa.ChunkedArray, value: str) -> Bools:
-    """`[R]` which of a column's values, texts or bytes, plain or in a dictionary, are `value`."""
-    plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-    plain = plain if pa.types.is_binary(plain.type) else plain.cast(pa.string()).cast(pa.binary())
-    says: Bools = pc.fill_null(pc.equal(plain, pa.scalar(value.encode(), pa.binary())), False).to_numpy()
-    return says
-
-
-def _holds_clicks(file: LandingFile, clicks: Clicks | None) -> bool:
-    if clicks is None or not clicks.files:
-        return False
-    return PurePosixPath(file.path).match(clicks.files)
-
-
-def _with_repeats_apart(hour: int, rows: pa.Table, seen: SeenKeys) -> pa.Table:
-    keys_R = seen.tell_repeats_apart(hour, rows.column("event_key").to_numpy().view(np.uint64))
-    place = rows.schema.get_field_index("event_key")
-    return rows.set_column(place, rows.schema.field(place), pa.array(keys_R.view(np.int64)))
-
-
-def _by_hour(rows: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-    """The rows of each hour, in order."""
-    micros_R = rows.column("event_time").cast(pa.int64()).to_numpy()
-    hour_R = micros_R // MICROSECONDS_PER_HOUR
-    if not len(hour_R):
-        return
-    if hour_R.min() == hour_R.max():
-        yield int(hour_R[0]), rows
-        return
-    order = np.argsort(hour_R, kind="stable")
-    in_order = rows.take(pa.array(order))
-    hours, starts = np.unique(hour_R[order], return_index=True)
-    for hour, start, stop in zip(hours.tolist(), starts.tolist(), [*starts.tolist()[1:], len(order)], strict=True):
-        yield hour, in_order.slice(start, stop - start)

@@ -323,6 +323,32 @@ class ClickLog(_DeltaLog):
         """
         return HourFiles(self._root, self._schema, source)
 
+    def write_again(self, files: Sequence[LogFile], keep_R: npt.NDArray[np.bool_], source: str) -> list[LogFile]:
+        """Puts files with some of their rows into the place of files that are in no log yet, and removes those.
+
+        Args:
+            files: of one hour, as `HourFiles.close` returned them.
+            keep_R: which rows of `files`, one file after the other.
+            source: as of `write`.
+
+        Raises:
+            DataError: the disk is full, or a file is gone; `files` are then as they were.
+        """
+        kept, start = self.write(source), 0
+        try:
+            for file in files:
+                for rows in self._read_row_groups(file):
+                    keep = pa.array(keep_R[start : start + rows.num_rows])
+                    start += rows.num_rows
+                    kept.add(file.hour, rows.filter(keep))
+            again = kept.close()
+        except BaseException:
+            kept.discard()
+            raise
+        for file in files:
+            (self._root / file.path).unlink(missing_ok=True)
+        return again
+
     @property
     def newest_hour(self) -> int | None:
         """The latest hour that has rows, since 1970-01-01T00Z; None for an empty log."""
@@ -353,24 +379,46 @@ class ClickLog(_DeltaLog):
         parts = [self._read_range(range_, list(columns), encoded) for range_ in ranges]
         return pa.concat_tables(parts) if parts else self._empty(columns)
 
+    def _read_row_groups(self, file: LogFile) -> Iterator[pa.Table]:
+        path = self._root / file.path
+        with _blaming_storage(path), pq.ParquetFile(path, page_checksum_verification=True) as stored:
+            for group in range(stored.num_row_groups):
+                yield stored.read_row_group(group).cast(self._schema)
+
+    def row_groups(self, file: LogFile) -> list[RowRange]:
+        """The parts of a file that can be read by themselves, in order.
+
+        Raises:
+            DataError: the file is missing or corrupt; it is named.
+        """
+        with self._blaming(file), pq.ParquetFile(self._root / file.path) as parquet:
+            metadata = parquet.metadata
+            ends = np.cumsum([metadata.row_group(place).num_rows for place in range(metadata.num_row_groups)]).tolist()
+        return [RowRange(file=file, start=start, stop=stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
     def _read_range(self, wanted: RowRange, columns: list[str], encoded: list[str]) -> pa.Table:
         path = self._root / wanted.file.path
+        with self._blaming(wanted.file), pq.ParquetFile(path, read_dictionary=encoded, page_checksum_verification=True) as file:
+            if file.metadata.num_rows != wanted.file.num_rows:
+                raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows instead of {wanted.file.num_rows}")
+            groups, skipped = _overlapping(file.metadata, wanted)
+            # One group at a time: Arrow cannot read lists of strings that need more than one chunk.
+            read = [file.read_row_group(group, columns=columns) for group in groups]
+        table = pa.concat_tables(read) if read else self._empty(columns)
+        return table.select(columns).slice(wanted.start - skipped, wanted.num_rows)
+
+    @contextmanager
+    def _blaming(self, file: LogFile) -> Iterator[None]:
+        """Names the file that cannot be read."""
         try:
-            with pq.ParquetFile(path, read_dictionary=encoded, page_checksum_verification=True) as file:
-                if file.metadata.num_rows != wanted.file.num_rows:
-                    raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows instead of {wanted.file.num_rows}")
-                groups, skipped = _overlapping(file.metadata, wanted)
-                # One group at a time: Arrow cannot read lists of strings that need more than one chunk.
-                read = [file.read_row_group(group, columns=columns) for group in groups]
+            yield
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, MemoryError):
                 raise
             raise DataError(
-                f"the click log's file {path} cannot be read: {_first_line(error)}. Restore it from a backup, or "
-                "start a new click log and a new model in another state_dir from the landing files"
+                f"the click log's file {self._root / file.path} cannot be read: {_first_line(error)}. Restore it from a "
+                "backup, or start a new click log and a new model in another state_dir from the landing files"
             ) from error
-        table = pa.concat_tables(read) if read else self._empty(columns)
-        return table.select(columns).slice(wanted.start - skipped, wanted.num_rows)
 
     def _empty(self, columns: Sequence[str]) -> pa.Table:
         return pa.schema([_encoded_field(self._schema.field(name)) for name in columns]).empty_table()

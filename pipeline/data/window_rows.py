@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_schemas.dataset import DatasetSpec
@@ -18,18 +17,17 @@ from pipeline.config import UpdateConfig
 from pipeline.data.clicks import as_corrections, is_correction
 from pipeline.data.encode import EncodedWindow, encode
 from pipeline.data.lake import ClickLog, RowRange
-from pipeline.data.lineage import Mask
+from pipeline.data.lineage import Mask, Piece
 from pipeline.data.loader import columns_to_read, to_examples
 from pipeline.data.negatives import with_negatives
-from pipeline.data.windows import Window, read_pieces, read_window
+from pipeline.data.shares import SAMPLE_ROWS, raw_sample, read_examples
+from pipeline.data.windows import Window
 from pipeline.evaluation.paired import held_out
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import ModelState
 from pipeline.training.late_clicks import Looks
+from pipeline.training.processes import Processes
 from pipeline.training.sampling import SampledWindow
-
-SAMPLE_ROWS = 5
-"""Raw rows that go with the registered model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ class WindowRows:
 
 def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: DatasetSpec, config: UpdateConfig) -> WindowRows:
     """The window's rows; numbers are normalised by what was seen before it, or by itself if nothing was."""
-    examples, table, event_keys = _logged(click_log, window, spec)
+    examples, sample, event_keys = _logged(click_log, window, spec, state.learner.processes)
     seed = (state.learner.config.seed, window.end)
 
     def encoded(examples: Examples) -> EncodedWindow:
@@ -89,7 +87,7 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
         config.sampling,
         seed=[*seed, 2],
         scores=lambda candidates: _scores(state, encoded(candidates)),
-        before=_trailing_rows(click_log, window, spec, config.sampling.negatives_trailing_hours),
+        before=_trailing_rows(click_log, window, spec, config.sampling.negatives_trailing_hours, state.learner.processes),
     )
     examples = drawn.examples
     shown_R = ~is_correction(examples.labels_R)
@@ -110,7 +108,7 @@ def load_rows(click_log: ClickLog, window: Window, state: ModelState, spec: Data
         held_out=np.flatnonzero(held_out),
         judged=_is_judged(window, state, config),
         seed=seed,
-        sample=_raw_sample(table),
+        sample=sample,
         notes=(
             *_gate_notes(config),
             *drawn.notes,
@@ -128,7 +126,7 @@ def sample_of(click_log: ClickLog, spec: DatasetSpec, start: int, end: int) -> t
     if spec.clicks is not None:
         table = table.filter(pc.invert(table["is_click"])).select(columns)
     table = table.slice(0, SAMPLE_ROWS)
-    return to_examples(table, spec), _raw_sample(table)
+    return to_examples(table, spec), raw_sample(table)
 
 
 def _gate_notes(config: UpdateConfig) -> Iterator[str]:
@@ -148,28 +146,21 @@ def _is_judged(window: Window, state: ModelState, config: UpdateConfig) -> bool:
     return asked and state.version > 0 and not window.released
 
 
-def _logged(click_log: ClickLog, window: Window, spec: DatasetSpec) -> tuple[Examples, pa.Table, U64 | None]:
-    """Examples of the rows that stand in the log, corrections behind the others; the rows of the window; and the events of the
-    examples, where clicks are events of their own."""
-    columns = columns_to_read(spec)
-    if window.clicks is None:
-        table = read_window(click_log, window, columns)
-        return to_examples(table, spec), table, None
-    events = read_window(click_log, window, [*columns, "is_click", "event_key"])
-    events = events.filter(pc.invert(events["is_click"]))
-    table, keys = events.select(columns), _keys(events)
-    examples = to_examples(table, spec)
-    examples = replace(examples, labels_R=window.clicks.clicked_I.astype(np.float32))
+def _logged(
+    click_log: ClickLog, window: Window, spec: DatasetSpec, processes: Processes
+) -> tuple[Examples, pd.DataFrame, U64 | None]:
+    """Examples of the rows that stand in the log, corrections behind the others; a few of the rows as they stand there; and the
+    events of the examples, where clicks are events of their own."""
+    own = read_examples(click_log, window.pieces, spec, processes)
+    if window.clicks is None or own.event_keys is None:
+        return own.examples, own.sample, None
+    examples = replace(own.examples, labels_R=window.clicks.clicked_I.astype(np.float32))
     if not window.clicks.num_corrections:
-        return examples, table, keys
-    corrected = read_pieces(click_log, window.clicks.corrected, [*columns, "event_key"])
-    learned_before = to_examples(corrected.select(columns), spec)
-    return concatenate([examples, as_corrections(learned_before)]), table, np.concatenate([keys, _keys(corrected)])
-
-
-def _keys(events: pa.Table) -> U64:
-    keys: U64 = events["event_key"].to_numpy().view(np.uint64)
-    return keys
+        return examples, own.sample, own.event_keys
+    corrected = read_examples(click_log, window.clicks.corrected, spec, processes)
+    assert corrected.event_keys is not None
+    keys = np.concatenate([own.event_keys, corrected.event_keys])
+    return concatenate([examples, as_corrections(corrected.examples)]), own.sample, keys
 
 
 def _click_notes(window: Window, state: ModelState, late_keys: U64 | None) -> Iterator[str]:
@@ -187,25 +178,19 @@ def _click_notes(window: Window, state: ModelState, late_keys: U64 | None) -> It
         yield f"{clicks.unattributed:,} clicks belong to no impression within clicks.attribution_minutes, and are left out"
 
 
-def _trailing_rows(click_log: ClickLog, window: Window, spec: DatasetSpec, trailing_hours: int) -> Examples | None:
+def _trailing_rows(
+    click_log: ClickLog, window: Window, spec: DatasetSpec, trailing_hours: int, processes: Processes
+) -> Examples | None:
     """Rows of the hours before the window, where the settings let negatives come from them."""
     if not trailing_hours:
         return None
     files = [file for file in click_log.files(window.log_version) if window.start - trailing_hours <= file.hour < window.start]
     if not files:
         return None
-    ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in files]
-    return to_examples(click_log.read(ranges, columns_to_read(spec)), spec)
+    return read_examples(click_log, [Piece(file=file) for file in files], spec, processes).examples
 
 
 def _scores(state: ModelState, encoded: EncodedWindow) -> F32:
     learner = state.learner
-    return probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
-
-
-def _raw_sample(table: pa.Table) -> pd.DataFrame:
-    """A few rows as a caller of the published model would send them."""
-    columns = [name for name in table.column_names if name != "label"]
-    frame: pd.DataFrame = table.slice(0, SAMPLE_ROWS).select(columns).to_pandas(integer_object_nulls=True)
-    frame["event_time"] = frame["event_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")
-    return frame.astype({name: "object" for name in columns if isinstance(frame[name].dtype, pd.CategoricalDtype)})
+    weights = learner.dense_weights(averaged=True)
+    return probabilities(learner.model, weights, encoded, device=learner.device, processes=learner.processes)

@@ -84,4 +84,4 @@ def predicted(state: ModelState, encoded: EncodedWindow, rows: I64) -> F32:
     """`[len(rows)]` probabilities by the weights that are evaluated and published."""
     learner = state.learner
     with learner.averaged() as dense_weights:
-        return probabilities(learner.model, dense_weights, encoded, rows, device=learner.device)
+        return probabilities(learner.model, dense_weights, encoded, rows, device=learner.device, processes=learner.processes)

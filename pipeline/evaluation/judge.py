@@ -43,6 +43,7 @@ class Scores:
 def evaluate_before(
     state: ModelState, rows: WindowRows, config: UpdateConfig, spec: DatasetSpec, deadline: Deadline
 ) -> tuple[Score | None, Score | None]:
+    """Of the model, and of the one that was frozen, where there is one; in the first process, as `evaluate`."""
     before = evaluate(state, rows, config, deadline) if state.version > 0 else None
     folder = frozen_folder(config)
     if before is None or not folder.is_dir() or deadline.learning_seconds_left() <= 0:
@@ -64,6 +65,7 @@ def _columns_of(old: DatasetSpec, examples: Examples, spec: DatasetSpec) -> Exam
 
 
 def evaluate(state: ModelState, rows: WindowRows, config: UpdateConfig, deadline: Deadline) -> Score | None:
+    """In the first process; the others only score their share, and get None."""
     learner = state.learner
     chosen = rows.evaluated[: config.evaluation.max_rows]
     stop_at = min(deadline.seconds_used() + EVALUATION_SHARE * deadline.budget_seconds, deadline.budget_seconds)
@@ -75,8 +77,9 @@ def evaluate(state: ModelState, rows: WindowRows, config: UpdateConfig, deadline
             chosen,
             device=learner.device,
             go_on=lambda: deadline.seconds_used() < stop_at,
+            processes=learner.processes,
         )
-    return _measured(rows, chosen[: len(scored)], scored)
+    return _measured(rows, chosen[: len(scored)], scored) if learner.processes.is_first else None
 
 
 def _measured(rows: WindowRows, chosen: I64, scored: F32) -> Score | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtr, stdtrit  # of scipy.stats's laws, which take a second to import
 
 from data_schemas.examples import F32, I64, U64
 from data_schemas.hashing import MISSING, combine_hashes, mix64
@@ -100,14 +100,14 @@ class Difference:
 
     def interval(self, level: float = 0.95) -> Interval:
         """Student's, two-sided."""
-        reach = float(t.ppf((1 + level) / 2, self.freedom)) * self.error
+        reach = float(stdtrit(self.freedom, (1 + level) / 2)) * self.error
         return Interval(low=self.value - reach, high=self.value + reach)
 
     def chance_of_harm_by_luck(self) -> float:
         """One-sided p: how often two equal models would differ by so much to the challenger's disadvantage."""
         if self.error == 0:
             return 1.0 if self.value >= 0 else 0.0
-        return float(t.cdf(self.value / self.error, self.freedom))
+        return float(stdtr(self.freedom, self.value / self.error))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ def _delong(pair: Paired) -> Interval:
         float(np.var(challenger - champion, ddof=1)) / len(champion) if len(champion) > 1 else 0.0
         for champion, challenger in (of_clicks, of_others)
     )
-    reach = float(norm.ppf(0.975)) * float(np.sqrt(variance))
+    reach = float(ndtri(0.975)) * float(np.sqrt(variance))
     return Interval(low=value - reach, high=value + reach)
 
 

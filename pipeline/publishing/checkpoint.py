@@ -13,6 +13,8 @@ A version is written into a temporary folder, synced, renamed, and only then doe
 or the new one. Nothing here is a pickle.
 """
 
+from __future__ import annotations  # torch and torchrec, which take seconds to import, are named in signatures alone
+
 import hashlib
 import os
 import re
@@ -20,26 +22,28 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file, save_file
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import CorruptCheckpoint
-from models.embeddings import EmbeddingTables, TableSlice
 from pipeline.data.lake import LogFile
 from pipeline.data.lineage import Piece
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor
 from pipeline.outcome import PlanRecord
-from pipeline.training.processes import Processes
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.embeddings import EmbeddingTables, TableSlice
+    from pipeline.training.processes import Processes
 
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
@@ -88,7 +92,7 @@ class Moments(_Saved):
     deviations: tuple[float, ...]
 
     @classmethod
-    def of(cls, moments: RunningMoments | None) -> "Moments | None":
+    def of(cls, moments: RunningMoments | None) -> Moments | None:
         """As they are written down."""
         if moments is None:
             return None
@@ -329,6 +333,8 @@ def load_dense(model_dir: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     Raises:
         CorruptCheckpoint: the part holds no tensors, whatever its hash says. So do the loaders below.
     """
+    from safetensors.torch import load_file
+
     tensors: dict[str, torch.Tensor] = {}
     for path in _files(model_dir, manifest, "dense"):
         with reading(path):
@@ -372,6 +378,10 @@ def load_tables(
     new_tables: Collection[str] = (),
 ) -> None:
     """Fills `tables`, which may be cut otherwise than the saved ones; `new_tables` stay as they are."""
+    from safetensors.torch import load_file
+
+    from models.embeddings import TableSlice
+
     saved: dict[str, list[TableSlice]] = {}
     for path in _files(model_dir, manifest, "tables"):
         with reading(path):
@@ -385,6 +395,8 @@ def load_tables(
 
 def pack_pending(cursor: Cursor) -> tuple[tuple[PendingRows, ...], dict[str, torch.Tensor]]:
     """The cursor's pending rows, and the bitmaps that they name."""
+    import torch
+
     rows: list[PendingRows] = []
     bitmaps: dict[str, torch.Tensor] = {}
     for number, piece in enumerate(cursor.pending):
@@ -398,14 +410,14 @@ def pack_pending(cursor: Cursor) -> tuple[tuple[PendingRows, ...], dict[str, tor
 
 def load_cursor(model_dir: Path, manifest: Manifest) -> Cursor:
     """What the checkpoint's model has consumed."""
-    bitmaps: dict[str, torch.Tensor] = {}
+    bitmaps: dict[str, npt.NDArray[Any]] = {}
     for path in _files(model_dir, manifest, "pending"):
         with reading(path):
-            bitmaps |= load_file(path)
+            bitmaps |= load_arrays(path)
     pieces = []
     for rows in manifest.pending:
         file = LogFile(path=rows.path, hour=rows.hour, num_rows=rows.num_rows)
-        mask = np.unpackbits(bitmaps[rows.bitmap].numpy(), count=rows.num_rows).astype(bool) if rows.bitmap else None
+        mask = np.unpackbits(bitmaps[rows.bitmap], count=rows.num_rows).astype(bool) if rows.bitmap else None
         pieces.append(Piece(file=file, mask=mask))
     return Cursor(
         log_id=manifest.log_id,
@@ -466,6 +478,8 @@ def _tables_file(rank: int, count: int) -> str:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
     with writing(path):
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
     _sync_file(path)
@@ -482,7 +496,8 @@ def _describe(folder: Path, content: Content, file: str) -> Part:
 
 
 def _by_key(tables: EmbeddingTables) -> dict[str, torch.Tensor]:
-    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in tables.slices()}
+    pieces = () if tables.saved_elsewhere else tables.slices()
+    return {f"{piece.name}@{piece.row},{piece.column}": piece.tensor for piece in pieces}
 
 
 def _files(model_dir: Path, manifest: Manifest, content: str) -> Iterator[Path]:

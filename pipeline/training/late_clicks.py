@@ -185,7 +185,8 @@ def logits_of(learner: Learner, window: EncodedWindow) -> F32:
     if learner.steps == 0:
         rate = np.clip(click_rate(window), 1e-6, 1 - 1e-6)
         return np.full(window.num_rows, np.log(rate / (1 - rate)), np.float32)
-    known = probabilities(learner.model, learner.dense_weights(averaged=False), window, device=learner.device)
+    weights = learner.dense_weights(averaged=False)
+    known = probabilities(learner.model, weights, window, device=learner.device, processes=learner.processes)
     return log_odds(known).astype(np.float32)
 
 

@@ -1,23 +1,45 @@
 """The processes that train one model together, as torchrun starts them; one process is the common case.
 
-Enters: torch.distributed, initialised by the caller. Leaves: `Processes`, with the few exchanges that a step needs.
+Enters: the environment that a launcher sets. Leaves: `Processes`, with the few exchanges that an update needs: each is called
+by all of them in the same order, and what it returns is the same in all.
 """
 
-from collections.abc import Sequence
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torchrec.distributed.comm_ops import set_gradient_division
-from torchrec.distributed.fused_embeddingbag import FusedEmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
+from torch.distributed.rendezvous import rendezvous
 
-from models.embeddings import EmbeddingTables
+from data_schemas.errors import ConfigError, GroupFailed, StoppedByFirst
 
-ROW_WISE_FROM = 4096
-"""Tables of at least this many rows are cut by rows, so that ids are partitioned by their hash; smaller ones stay whole."""
+T = TypeVar("T")
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+Store = Any
+"""A store of torch.distributed, which exports no type for it."""
+
+TOLD = "the other processes were told, and stopped"
+LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
+"""In what torch says where another process is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long processes wait for each other."""
+
+    join_seconds: float = 60.0
+    """In which all must have come together."""
+    stall_seconds: float = 600.0
+    """Inside an exchange, before the others are given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +56,75 @@ class Processes:
         if not dist.is_initialized():
             return cls()
         return cls(rank=dist.get_rank(), count=dist.get_world_size())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that holds the lock, writes and publishes."""
+        return self.rank == 0
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the first process, in all; the others do not do it.
+
+        Raises:
+            StoppedByFirst: in the others, where it raised in the first, which raises that itself.
+        """
+        if self.count == 1:
+            return work()
+        if not self.is_first:
+            told: list[Any] = [None, None]
+            dist.broadcast_object_list(told, src=0)
+            if told[1] is not None:
+                raise StoppedByFirst(told[1])
+            value: T = told[0]
+            return value
+        try:
+            value = work()
+        except Exception as error:
+            dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=0)
+            error.add_note(TOLD)
+            raise
+        dist.broadcast_object_list([value, None], src=0)
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def concatenated(self, own: torch.Tensor) -> torch.Tensor:
+        """The contiguous tensors of all processes behind each other along their first axis; only their lengths may differ."""
+        if self.count == 1:
+            return own
+        lengths = self.gather(len(own))
+        whole = own.new_empty((sum(lengths), *own.shape[1:]))
+        pieces = whole.split(lengths)
+        pieces[self.rank].copy_(own)
+        for rank, piece in enumerate(pieces):
+            if piece.numel():
+                dist.broadcast(piece, src=rank)
+        return whole
+
+    def concatenated_array(self, own: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+        """The same for arrays."""
+        if self.count == 1:
+            return own
+        own = np.ascontiguousarray(own)
+        signed = own.view(np.int64) if own.dtype == np.uint64 else own
+        whole: npt.NDArray[Scalar] = self.concatenated(torch.from_numpy(signed)).numpy().view(own.dtype)
+        return whole
+
+    def require_equal(self, what: str, fingerprint: str) -> None:
+        """Raises `GroupFailed` where the processes have come to differ in what each keeps a copy of."""
+        found = self.gather(fingerprint)
+        different = [rank for rank, other in enumerate(found) if other != found[0]]
+        if different:
+            raise GroupFailed(
+                f"{what} of process {different[0]} differ from those of the first, and should be copies; nothing is saved, and "
+                "the rows stay waiting. Train in one process, and report this as a defect"
+            )
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Adds the gradients of all processes, in one exchange."""
@@ -53,8 +144,7 @@ class Processes:
 
     def wait(self) -> None:
         """Until all processes have come here."""
-        if self.count > 1:
-            dist.barrier()
+        self.total(0.0)
 
     def total(self, value: float) -> float:
         """The sum of `value` over all processes, the same on each."""
@@ -65,35 +155,87 @@ class Processes:
         return float(summed)
 
 
-def shard_tables(tables: EmbeddingTables, processes: Processes, device: torch.device) -> EmbeddingTables:
-    """The tables cut over all processes by torchrec's planner, with the weights that they had.
+@contextmanager
+def joined(patience: Patience, *, store: Store | None = None, rank: int = 0, count: int = 0) -> Iterator[Processes]:
+    """This process among those of its group, until the end of the block.
 
-    The same tables if there is but one process.
+    Args:
+        patience: with the others.
+        store: where they meet; None: where the environment says, and with the rank and the count that it says.
+        rank: with a store.
+        count: with a store.
 
-    Gradients are not divided by the number of processes: each process's loss is already divided by the whole batch.
+    Raises:
+        GroupFailed: the meeting place cannot be reached, or not all came there in time.
+        ConfigError: there are more processes than GPUs on this machine.
     """
-    if processes.count == 1:
-        return tables
-    set_gradient_division(False)
-    sharder = _RowWiseSharder()
-    names = [config.name for part in (tables.deep, tables.wide) for config in part.embedding_bag_configs()]
-    rows = [config.num_embeddings for part in (tables.deep, tables.wide) for config in part.embedding_bag_configs()]
-    constraints = {
-        name: ParameterConstraints(sharding_types=["row_wise" if count >= ROW_WISE_FROM else "table_wise"])
-        for name, count in zip(names, rows, strict=True)
-    }
-    initial = {piece.name: [piece] for piece in tables.slices()}
-    topology = Topology(world_size=processes.count, compute_device=device.type)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-    plan = planner.collective_plan(tables, [sharder], dist.GroupMember.WORLD)
-    parallel = DistributedModelParallel(tables, device=device, plan=plan, sharders=[sharder], init_data_parallel=False)
-    sharded: EmbeddingTables = parallel.module
-    sharded.load_slices(initial)
-    return sharded
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # torchrec calls them
+    if store is None:
+        store, rank, count = _met(patience)
+    _require_all(store, rank, count, patience)
+    dist.init_process_group(
+        _backend(), store=store, rank=rank, world_size=count, timeout=timedelta(seconds=patience.stall_seconds)
+    )
+    try:
+        yield Processes.started()
+        dist.barrier()  # without it, destroying the group aborts others that still read
+    finally:
+        dist.destroy_process_group()
 
 
-class _RowWiseSharder(FusedEmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """Offers on the CPU what torchrec only offers on a GPU; it trains and restores there as well."""
+def were_told(error: BaseException) -> bool:
+    """Whether the first process raised it in what it did for all, so that the others have stopped as well."""
+    return TOLD in getattr(error, "__notes__", ())
 
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        return ["table_wise", "row_wise"]
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+
+
+def _met(patience: Patience) -> tuple[Store, int, int]:
+    """Where the environment says: the store, this process's rank, and their number."""
+    try:
+        store, rank, count = next(iter(rendezvous("env://", timeout=timedelta(seconds=patience.join_seconds))))
+        return store, rank, count
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise GroupFailed(
+            f"process {os.environ.get('RANK', '?')} cannot reach the others at {where} (MASTER_ADDR and MASTER_PORT) within "
+            f"{patience.join_seconds:g} s: {_first_line(error)}. Start the first process, let that port through, or start all "
+            "with torchrun"
+        ) from error
+
+
+def _require_all(store: Store, rank: int, count: int, patience: Patience) -> None:
+    """Waits until all have come, and says who has not."""
+    store.set(f"tidemark/here/{rank}", socket.gethostname())
+    keys = [f"tidemark/here/{other}" for other in range(count)]
+    try:
+        store.wait(keys, timedelta(seconds=patience.join_seconds))
+    except RuntimeError as error:
+        absent = [other for other, key in enumerate(keys) if not store.check([key])]
+        raise GroupFailed(
+            f"of {count} processes {count - len(absent)} came together within {patience.join_seconds:g} s; missing: "
+            f"{', '.join(map(str, absent))}. See what those wrote, or give them longer with processes.join_seconds"
+        ) from error
+
+
+def _backend() -> str:
+    """Gloo for what is in main memory; NCCL as well, where there is a GPU for each process of this machine."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > gpus:
+        raise ConfigError(
+            f"{here} processes on this machine, and {gpus} GPUs: each needs one of its own; use at most {gpus} a machine, or "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+        )
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cpu:gloo,cuda:nccl"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

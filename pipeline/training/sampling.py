@@ -14,9 +14,10 @@ from data_schemas.examples import F32, I64, Examples
 from models.memory import column_names
 from pipeline.config import SamplingConfig
 from pipeline.data.encode import EncodedWindow, joined
+from sampling.counting import CountedIds
 from sampling.minibatches import Bools
 from sampling.plan import Columns, SamplingPlan, sample_rows
-from sampling.strata import I32, StratifyBy, occurrences
+from sampling.strata import I32, StratifyBy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +76,15 @@ def with_rows_behind(sampled: SampledWindow, past: EncodedWindow) -> SampledWind
 
 def columns_of(examples: Examples, window: EncodedWindow, spec: DatasetSpec, by: Collection[StratifyBy]) -> Columns:
     """What the rules look at; popularity, activity and ages only where `by` names them."""
+    users, items = CountedIds(examples.user_R), CountedIds(examples.item_R)
     return Columns(
         labels_R=np.minimum(examples.labels_R, 1),
-        user_R=examples.user_R,
-        item_R=examples.item_R,
+        users=users,
+        items=items,
         hour_R=examples.hour_R,
-        popularity_R=occurrences(examples.item_R) if "item_popularity" in by and spec.item else None,
+        popularity_R=items.occurrences_R if "item_popularity" in by and spec.item else None,
         age_hours_R=_age_hours(window, spec) if "item_age" in by else None,
-        activity_R=occurrences(examples.user_R) if "user_activity" in by and spec.user else None,
+        activity_R=users.occurrences_R if "user_activity" in by and spec.user else None,
     )
 
 

@@ -11,7 +11,8 @@ from prefect.events.worker import EventsWorker
 
 from data_schemas.errors import DataError, UpdateInProgress
 from flows import alerts
-from flows.catching_up import catch_up, settings_for
+from flows.catching_up import catch_up
+from flows.settings import settings_for
 from pipeline.alerts import Alert
 from pipeline.config import UpdateConfig
 from pipeline.outcome import UpdateReport

@@ -12,9 +12,10 @@ from prefect.artifacts import Artifact
 
 from data_schemas.errors import ConfigError, DataError
 from flows.backfill import parse_hour, refuse_earlier_hours
-from flows.catching_up import _summary, catch_up, learn_waiting, settings_for, waiting_windows
+from flows.catching_up import _summary, catch_up, learn_waiting, waiting_windows
 from flows.history import reports_of
 from flows.nightly_update import NIGHTLY
+from flows.settings import settings_for
 from pipeline.config import UpdateConfig, overridden
 from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.evaluation import champion

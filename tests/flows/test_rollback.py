@@ -8,8 +8,9 @@ from filelock import FileLock
 
 from data_schemas.dataset import load_spec
 from data_schemas.errors import CheckpointError, CorruptCheckpoint, UpdateInProgress
-from flows.catching_up import settings_for, waiting_windows
+from flows.catching_up import waiting_windows
 from flows.rollback import rollback
+from flows.settings import settings_for
 from pipeline.config import UpdateConfig
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine

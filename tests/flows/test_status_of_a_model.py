@@ -10,8 +10,8 @@ import pytest
 
 from data_schemas.dataset import load_spec
 from data_schemas.errors import CheckpointError
-from flows.catching_up import settings_for
 from flows.held import held
+from flows.settings import settings_for
 from flows.status import status
 from flows.terminal import run_command
 from pipeline.config import UpdateConfig, overridden

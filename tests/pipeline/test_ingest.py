@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from data_schemas.dataset import Categorical, DatasetSpec, LabelColumn, Numeric, TimeColumn, load_spec
 from data_schemas.errors import CommitConflict, DataError
 from data_schemas.hashing import combine_hashes
-from pipeline.data import ingest as ingest_module
-from pipeline.data import lake
-from pipeline.data.ingest import IngestReport, SeenKeys, ingest_landing
+from pipeline.data import lake, staging
+from pipeline.data.event_keys import Repeats, SeenKeys
+from pipeline.data.ingest import IngestReport, ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine, RowRange
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -261,14 +261,14 @@ def test_a_full_disk_is_not_the_files_fault(place: Place, monkeypatch: pytest.Mo
 def test_a_file_that_the_system_withholds_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.arrive("a.csv", as_csv([event(0)]))
     place.arrive("b.csv", as_csv([event(1)]))
-    opened = ingest_module.read_batches
+    opened = staging.read_batches
 
     def refuse(file: Any, spec: DatasetSpec) -> Any:
         if file.path.endswith("a.csv"):
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(file, spec)
 
-    monkeypatch.setattr(ingest_module, "read_batches", refuse)
+    monkeypatch.setattr(staging, "read_batches", refuse)
     report = place.ingest()
     assert (report.files_unreadable, report.files_read) == (1, 1)
     assert any("PermissionError" in line for line in report.lines())
@@ -343,9 +343,9 @@ def test_seen_keys_equal_a_python_set(place: Place) -> None:
         assert seen.take_new(hour, keys).tolist() == expected
 
 
-def test_repeats_are_numbered_within_their_file_and_hour(place: Place) -> None:
+def test_repeats_are_numbered_within_their_file_and_hour() -> None:
     rng = np.random.default_rng(1)
-    seen = SeenKeys(place.log)
+    repeats = Repeats()
     reference = Counter[tuple[int, int]]()
     for _ in range(200):
         hour = int(rng.integers(2))
@@ -356,7 +356,7 @@ def test_repeats_are_numbered_within_their_file_and_hour(place: Place) -> None:
             one = np.array([key], np.uint64)
             expected.append(int(combine_hashes(one, np.array([number], np.uint64))[0]) if number else key)
             reference[hour, key] += 1
-        assert seen.tell_repeats_apart(hour, keys).tolist() == expected
+        assert repeats.tell_apart(hour, keys).tolist() == expected
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

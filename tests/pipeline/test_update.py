@@ -445,13 +445,13 @@ def test_a_full_disk_leaves_the_model_before_and_the_rows_waiting(
     assert run_update(config) is not None
     assert run_update(config) is not None
     done = current_version(config.model_dir)
-    import pipeline.publishing.checkpoint as checkpoint
+    import safetensors.torch
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(safetensors.torch, "save_file", full)
         _write_hour(config, 2)
         _ingest(config)
         with pytest.raises(OSError, match="No space left"):

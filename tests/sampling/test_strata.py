@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_schemas.errors import ConfigError
-from sampling.strata import Allocation, Shape, Strata, allocate, draw, keep_rates, occurrences, strata_of
+from sampling.strata import Allocation, Shape, Strata, allocate, draw, keep_rates, strata_of
 
 SHAPES: tuple[Shape, ...] = ("proportional", "sqrt", "equal")
 counts_of_strata = st.lists(st.integers(1, 400), min_size=1, max_size=12).map(np.array)
@@ -125,14 +125,20 @@ def test_deciles_of_popularity_hold_a_tenth_of_the_rows_each() -> None:
     assert popularity_R[strata.stratum_R == 9].min() >= popularity_R[strata.stratum_R == 8].max()
 
 
+@given(
+    counts=st.lists(st.integers(0, 130) | st.integers(-(2**62), 2**62), min_size=1, max_size=300),
+    dtype=st.sampled_from([np.int64, np.float64]),
+)
+def test_users_are_in_the_stratum_that_their_rows_say(counts: list[int], dtype: type) -> None:
+    strata = strata_of(["user_activity"], labels_R=np.zeros(len(counts)), activity_R=np.array(counts, dtype))
+    lows = {"below 2": -np.inf, "2 to 5": 2, "5 to 20": 5, "20 to 100": 20, "100 and more": 100}
+    expected = [max((low, name) for name, low in lows.items() if low <= count)[1] for count in counts]
+    assert [strata.names[s] for s in strata.stratum_R] == [f"user_activity={name}" for name in expected]
+
+
 def test_without_anything_to_stratify_by_there_is_one_stratum() -> None:
     assert strata_of([], labels_R=np.zeros(3)).names == ("all",)
     assert strata_of([], labels_R=np.zeros(0)).counts_S.tolist() == []
-
-
-@given(ids=st.lists(st.integers(0, 9), max_size=30).map(lambda ids: np.array(ids, np.uint64)))
-def test_occurrences_are_what_counting_by_hand_gives(ids: np.ndarray) -> None:
-    assert occurrences(ids).tolist() == [ids.tolist().count(value) for value in ids.tolist()]
 
 
 @pytest.mark.parametrize("keep_rate", [0.0, -0.1, 1.0001, float("nan")])

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from data_schemas.errors import ConfigError
 from data_schemas.hashing import MISSING
+from sampling.counting import CountedIds
 from sampling.plan import Columns, Rules, as_table, sample_rows
 from sampling.strata import Strata
 from sampling.thinning import Method, effective_rows, logit_shift, thin, within_cap
@@ -17,9 +18,9 @@ TWO = Strata(("a", "b"), np.repeat(np.array([0, 1], np.int32), [4000, 500]))
 DRAWS = [("poisson", False), ("fixed", False), ("fixed", True)]
 
 
-def columns(labels_R: np.ndarray, **others: np.ndarray) -> Columns:
-    ids = np.arange(1, len(labels_R) + 1, dtype=np.uint64)
-    given = {"user_R": ids, "item_R": ids, "hour_R": np.zeros(len(labels_R), np.int64)} | others
+def columns(labels_R: np.ndarray, **others: np.ndarray | CountedIds) -> Columns:
+    ids = CountedIds(np.arange(1, len(labels_R) + 1, dtype=np.uint64))
+    given = {"users": ids, "items": ids, "hour_R": np.zeros(len(labels_R), np.int64)} | others
     return Columns(labels_R=labels_R.astype(np.float32), **given)  # type: ignore[arg-type]
 
 
@@ -131,7 +132,7 @@ def test_the_shift_is_the_log_of_the_ratio_of_rates() -> None:
     seed=st.integers(0, 99),
 )
 def test_a_cap_leaves_the_least_of_cap_and_count_of_each_id(ids: np.ndarray, cap: int, seed: int) -> None:
-    within_R = within_cap(ids, cap, np.random.default_rng(seed))
+    within_R = within_cap(CountedIds(ids), cap, np.random.default_rng(seed))
     for value in np.unique(ids):
         count = np.count_nonzero(ids == value)
         expected = count if cap == 0 or value == MISSING else min(count, cap)
@@ -139,8 +140,8 @@ def test_a_cap_leaves_the_least_of_cap_and_count_of_each_id(ids: np.ndarray, cap
 
 
 def test_the_rows_under_a_cap_are_a_uniform_draw() -> None:
-    rng, ids = np.random.default_rng(0), np.array([5, 7, 5, 5, 7, 5], np.uint64)
-    share_R = np.mean([within_cap(ids, 1, rng) for _ in range(4000)], axis=0)
+    rng, counted = np.random.default_rng(0), CountedIds(np.array([5, 7, 5, 5, 7, 5], np.uint64))
+    share_R = np.mean([within_cap(counted, 1, rng) for _ in range(4000)], axis=0)
     assert share_R == pytest.approx([1 / 4, 1 / 2, 1 / 4, 1 / 4, 1 / 2, 1 / 4], abs=0.03)
 
 
@@ -148,7 +149,7 @@ def test_a_plan_says_what_is_learned_and_what_is_left_out() -> None:
     labels_R = np.repeat([1, 0], [100, 900])
     user_R = np.repeat(np.array([3, 4], np.uint64), [950, 50])
     rules = Rules(negative_keep_rate=0.1, draw="fixed", max_rows_per_user=400)
-    plan = sample_rows(rules, columns(labels_R, user_R=user_R), (7, 8)).plan
+    plan = sample_rows(rules, columns(labels_R, users=CountedIds(user_R)), (7, 8)).plan
     negative, positive = plan.strata
     assert (negative.name, negative.rows, positive.name, positive.rows) == ("label=0", 900, "label=1", 100)
     assert plan.capped == negative.capped + positive.capped == 550
