@@ -151,9 +151,10 @@ class StepTimeFit:
         """The sizes with their numbers of measurements; and the earlier line at today's scale, for `PRIOR_COUNTS` of each: a
         size that was met a few times only, when all was slow, does not upset it."""
         if self.prior is None:
-            return dict(typical), [len(self._by_size[size].kept) for size in typical]
+            return dict(typical), [float(len(self._by_size[size].kept)) for size in typical]
         scale = _low([seconds / self.prior.seconds(size) for size, seconds in self._latest.kept])
-        mean, weights = {}, []
+        mean: dict[int, float] = {}
+        weights: list[float] = []
         for size, seconds in typical.items():
             count, before = len(self._by_size[size].kept), scale * self.prior.seconds(size)
             mean[size] = (count * seconds + PRIOR_COUNTS * before) / (count + PRIOR_COUNTS)
