@@ -246,7 +246,9 @@ class Learner:
 
     def _halve_micro_batch(self, num_rows: int, reason: str) -> None:
         """The same in all processes, whose batches have as many rows."""
-        size = min(self.micro_batch_size, num_rows) // 2
+        size = self.micro_batch_size // 2
+        while size >= num_rows:
+            size //= 2
         if size < SMALLEST_MICRO_BATCH:
             raise OutOfMemory(_advice(f"a step of {num_rows:,} rows", reason))
         log.warning("out of memory after %d steps: micro-batches of %d rows from here on (%s)", self.steps, size, reason)

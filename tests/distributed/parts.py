@@ -3,11 +3,14 @@
 import os
 import signal
 from datetime import datetime
+from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.config import load_config
 from pipeline.publishing.report import as_plain
+from pipeline.training.learner import Learner
 from pipeline.training.processes import Processes
 from pipeline.update import run_update
 
@@ -56,3 +59,17 @@ def update_all(overrides: list[str], now: str) -> list[dict[str, object]]:
     while found := Processes.started().gather(run_update(config, now=datetime.fromisoformat(now)))[0]:
         reports.append(as_plain(found))
     return reports
+
+
+def update_with_little_memory(poor_rank: int, most_rows: int, overrides: list[str], now: str) -> list[dict[str, object]]:
+    """`update_all`, where one process has memory for micro-batches of so many rows only."""
+    backward = Learner._backward
+
+    def poor(self: Learner, chunk: Any, piece: Any, divisor: float) -> torch.Tensor:
+        if piece.rows.stop - piece.rows.start > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward(self, chunk, piece, divisor)
+
+    if Processes.started().rank == poor_rank:
+        Learner._backward = poor  # type: ignore[method-assign]
+    return update_all(overrides, now)
