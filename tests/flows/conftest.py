@@ -15,5 +15,5 @@ def temporary_server() -> Iterator[None]:
     """One temporary Prefect server for all tests that run a flow."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=180):
         yield
