@@ -59,14 +59,8 @@ def learn_windows(state_dir: Path, hours: range, *settings: str) -> None:
         save(state, bounds, learned, config, spec, seed=(hour,))
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [
-        pytest.param("both hours together", marks=pytest.mark.slow),
-        pytest.param("first alone", marks=pytest.mark.slow),
-        "second alone",
-    ],
-)
+@pytest.mark.slow  # the quick tests have whole updates of two processes, in tests/distributed
+@pytest.mark.parametrize("cut", ["both hours together", "first alone", "second alone"])
 def test_two_processes_train_and_restore_like_one(tmp_path: Path, cut: str) -> None:
     """One process learns both hours; then the hours are learned by two processes, or by two and one in turn."""
     learn_windows(tmp_path / "one", range(2))
