@@ -4,10 +4,14 @@ Enters: row numbers as they are looked up to be learned. Leaves: the changed one
 take hundredths of a second.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from data_schemas.examples import I64
+
+if TYPE_CHECKING:
+    import torch  # takes seconds to import, and what only looks at a model does without
 
 
 class ChangedRows:
@@ -19,26 +23,33 @@ class ChangedRows:
     array([ 3, 70])
     """
 
-    def __init__(self, num_rows: int, device: torch.device | None = None) -> None:
+    def __init__(self, num_rows: int, device: "torch.device | None" = None) -> None:
         """No row has changed.
 
         Args:
             num_rows: of the table.
             device: that the rows to mark are on; None for the CPU.
         """
-        self._marks = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._marks = np.zeros(num_rows, bool)
+        self._on_device: torch.Tensor | None = None
+        if device is not None and device.type != "cpu":
+            import torch
 
-    def add(self, rows: torch.Tensor | I64) -> None:
+            self._on_device = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    def add(self, rows: "torch.Tensor | I64") -> None:
         """Marks these rows, which may repeat."""
-        if self._marks.device.type == "cpu":
-            self._marks.numpy()[rows.numpy() if isinstance(rows, torch.Tensor) else rows] = True
+        if self._on_device is None:
+            self._marks[np.asarray(rows)] = True
         else:
-            self._marks[torch.as_tensor(rows, device=self._marks.device)] = True
+            self._on_device[rows] = True
 
     def rows(self) -> I64:
         """Those that are marked, rising."""
-        return np.flatnonzero(self._marks.cpu().numpy())
+        return np.flatnonzero(self._marks if self._on_device is None else self._on_device.cpu().numpy())
 
     def clear(self) -> None:
         """No row has changed from here."""
-        self._marks.zero_()
+        self._marks[:] = False
+        if self._on_device is not None:
+            self._on_device.zero_()

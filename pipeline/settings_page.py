@@ -180,7 +180,7 @@ def _kind(annotation: Any) -> str:
     arguments = [argument for argument in get_args(annotation) if argument not in (type(None), ...)]
     match get_origin(annotation):
         case origin if origin in (Union, types.UnionType):
-            return allowed_values(arguments[0])
+            return " or ".join(allowed_values(argument) for argument in arguments)
         case origin if origin is Literal:
             return ", ".join(f"`{_toml(value)}`" for value in arguments)
         case origin if origin is tuple:
