@@ -8,8 +8,9 @@ Out: one line a precision: bytes of the served folder and of the tables in memor
     python benchmarks/serving_size.py [--hours 24] [--test-hours 3] [--rows 20000] [--repetitions 5] [--seed 0]
     python benchmarks/serving_size.py --dataset brunch --landing FOLDER --hours 48 --test-hours 6
 
-The precisions predict in turns, each from its own export of the same checkpoint; seconds are medians. In memory, fp32
-tables have three columns of zeros beside each wide weight, which their kernels want, and accumulators, which are not counted.
+The precisions predict in turns, each from its own export of the same checkpoint; seconds are medians. In memory, fp32 tables
+have three columns of zeros beside each wide weight, which their kernels want and which are counted, and accumulators, which are
+not.
 """
 
 import argparse

@@ -7,9 +7,9 @@ In:  nothing; synthetic clicks are generated in a temporary folder. Out: two tab
     python benchmarks/waiting.py [--rows 50000] [--hours 6] [--repetitions 5] [--seed 0]
 
 Both ways take turns, pass by pass and hour by hour. Passes begin with the same weights and learn the same bits, which is
-checked. Figures of passes are medians; those of the backfill are sums over its hours, the first left out. Wanted: the learner waits for less
-than 5 % of the time. `load` reads and hashes before the first step: a window is evaluated before it is learned, so that only
-the window after it can be read meanwhile; `load + waited` counts all of it as waiting, encoding and counters too.
+checked. Figures of passes are medians; those of the backfill are sums over its hours, the first left out. Wanted: the learner
+waits for less than 5 % of the time. `load` reads and hashes before the first step: a window is evaluated before it is learned,
+so that only the window after it can be read meanwhile; `load + waited` counts all of it as waiting, encoding and counters too.
 """
 
 import argparse

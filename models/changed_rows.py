@@ -31,11 +31,7 @@ class ChangedRows:
             device: that the rows to mark are on; None for the CPU.
         """
         self._marks = np.zeros(num_rows, bool)
-        self._on_device: torch.Tensor | None = None
-        if device is not None and device.type != "cpu":
-            import torch
-
-            self._on_device = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self._on_device = None if device is None or device.type == "cpu" else _marks_on(device, num_rows)
 
     def add(self, rows: "torch.Tensor | I64") -> None:
         """Marks these rows, which may repeat."""
@@ -53,3 +49,9 @@ class ChangedRows:
         self._marks[:] = False
         if self._on_device is not None:
             self._on_device.zero_()
+
+
+def _marks_on(device: "torch.device", num_rows: int) -> "torch.Tensor":
+    import torch
+
+    return torch.zeros(num_rows, dtype=torch.bool, device=device)

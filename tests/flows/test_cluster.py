@@ -117,7 +117,8 @@ class TestWithAServer:
         assert spread.rows() == alone.rows()
         assert spread.rejected() == alone.rejected()
         assert alone.orphans() == set()
-        assert len(spread.orphans()) <= 3 * 6 * 2  # of the worker that died, a task at work and one done: vacuum takes them  # of the worker that died: vacuum takes them
+        # of the worker that died, a task at work and one done: vacuum takes them
+    assert len(spread.orphans()) <= 3 * 6 * 2
         assert replace(spread.ingest(), log_version=0) == replace(alone.ingest(), log_version=0)
 
     @pytest.mark.slow
