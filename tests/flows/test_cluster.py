@@ -118,7 +118,7 @@ class TestWithAServer:
         assert spread.rejected() == alone.rejected()
         assert alone.orphans() == set()
         # of the worker that died, a task at work and one done: vacuum takes them
-    assert len(spread.orphans()) <= 3 * 6 * 2
+        assert len(spread.orphans()) <= 3 * 6 * 2
         assert replace(spread.ingest(), log_version=0) == replace(alone.ingest(), log_version=0)
 
     @pytest.mark.slow
