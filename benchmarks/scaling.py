@@ -140,10 +140,11 @@ def table_bytes(wanted: Wanted, cut: Cut) -> float:
     return 4 * (wanted.parameters + sums + 2 * wanted.table_rows)
 
 
-def delta_bytes(wanted: Wanted) -> float:
-    """Of the rows that an hour touches: number, embedding, its sum of squares, wide weight and its own."""
+def delta_bytes(wanted: Wanted, cut: Cut) -> float:
+    """Of the rows that an hour touches: number, embedding, its sums of squares as in `table_bytes`, wide weight and its own."""
     touched = min(wanted.table_rows, wanted.rows_per_hour * wanted.features * wanted.distinct_share)
-    return touched * (8 + 4 * wanted.dim + 4 + 8)
+    sums = 1 if cut == "rows" else wanted.dim
+    return touched * (8 + 4 * wanted.dim + 4 * sums + 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ def resources(here: Here, wanted: Wanted, processes: int, cut: Cut) -> list[Reso
     in_time = {
         "time: the window's rows to each": rows * here.window_bytes / network,
         "time: full checkpoint": tables / disk,
-        "time: delta checkpoint": delta_bytes(wanted) / disk,
+        "time: delta checkpoint": delta_bytes(wanted, cut) / disk,
     }
     found = [
         *(Resource(name=name, needed=size / GIB, available=memory, unit="GiB") for name, size in in_memory.items()),
@@ -226,7 +227,7 @@ def _needs(here: Here, wanted: Wanted, processes: int, cut: Cut) -> list[str]:
         f"network: {sent / 1e6:,.1f} MB a process and step, {steps * sent * processes / 1e12:,.1f} TB an hour over all",
         f"memory: tables {tables / GIB:,.0f} GiB over all",
         f"storage: click log {log_bytes / 1e12:,.1f} TB for {wanted.log_days:g} days, full checkpoint {tables / 1e12:,.2f} TB, "
-        f"delta {delta_bytes(wanted) / 1e12:,.3f} TB",
+        f"delta {delta_bytes(wanted, cut) / 1e12:,.3f} TB",
         f"cost of an hour: {processes * steps * seconds / 3600:,.0f} core-hours of learning, {processes:,} with cores kept",
     ]
     if wanted.gpu_rows_per_second:

@@ -3,6 +3,7 @@
 Enters: an `UpdateConfig`. Leaves: the report of every update, each as a Prefect artifact too.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from typing import Literal, TypeVar
 import pyarrow as pa
 
 from data_schemas.dataset import load_spec
+from data_schemas.errors import DataError
 from flows.alerts import failures_told, tell_of
 from flows.artifacts import publish_report
 from flows.cluster import run_spread
@@ -30,6 +32,8 @@ from pipeline.publishing.checkpoint import current_version, learned_until
 from pipeline.publishing.report import verdict
 from pipeline.ranks import Update, on_processes
 from pipeline.update import run_update
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -145,7 +149,10 @@ def _update(
         advance(name)
         done = run_as_task(name, work)
         if name == "load":
-            read_ahead.expect(_reads(config, coming))
+            try:
+                read_ahead.expect(_reads(config, coming))
+            except DataError as error:
+                log.warning("the next window is not read ahead: %s", error)
         return done
 
     if not registers:

@@ -356,8 +356,8 @@ class ProcessesConfig(_Part):
     join_seconds: Annotated[float, Field(gt=0, le=3600)] = 45.0
     """In which all processes must have come together."""
     stall_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """That one waits for another inside an update before it gives up; longer than anything takes that the first does alone. A
-    process that is killed is noticed at once."""
+    """That one waits for another inside an update before it gives up; longer than anything takes that the first does alone, but
+    for `lock_wait_seconds`, which is added. A process that is killed is noticed at once."""
 
 
 class EvaluationConfig(_Part):

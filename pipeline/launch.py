@@ -26,11 +26,12 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 
 from data_schemas.errors import ConfigError, GroupFailed, TidemarkError
+from pipeline.config import ProcessesConfig
 from pipeline.training.processes import Patience, Store, is_lost, joined
 
 log = logging.getLogger(__name__)
 
-PATIENCE = Patience()
+PATIENCE = Patience.of(ProcessesConfig(), lock_wait_seconds=0.0)
 POLL_SECONDS = 0.05
 """Between two looks at the processes."""
 ENDING_SECONDS = 5.0
@@ -78,9 +79,11 @@ def started(
     with TemporaryDirectory(prefix="tidemark-") as temporary:
         folder = Path(temporary)
         words = [work, temporary, json.dumps(arguments), json.dumps(asdict(patience))]
-        running = [_Process(rank, _start(words, _environment(rank, count, place), folder), folder) for rank in ranks]
+        running: list[_Process] = []
         processes = StartedProcesses(running, count)
         try:
+            for rank in ranks:
+                running.append(_Process(rank, _start(words, _environment(rank, count, place), folder), folder))
             yield processes
         finally:
             processes.end()

@@ -8,11 +8,11 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ from pipeline.publishing.checkpoint import (
     set_aside,
     versions,
 )
-from pipeline.publishing.table_files import changed_file, whole_files
+from pipeline.publishing.table_files import changed_bytes, changed_files, whole_files
 from pipeline.training.late_clicks import LateClicks
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
@@ -76,6 +76,8 @@ from pipeline.training.smoothing import MovingAverage
 from sampling.plan import SamplingPlan, as_table
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 GATE = "head.gate_F"
 """Name of the dense weight that only a DeepFM has which got new embeddings after it was trained."""
@@ -150,7 +152,6 @@ def restore_or_create(config: UpdateConfig, spec: DatasetSpec, processes: Proces
 
 def _with_whole_champion(state: ModelState, config: UpdateConfig, processes: Processes) -> ModelState:
     """The model that learned on, and a champion that it can be compared with; it serves itself where none is whole."""
-    processes.wait()  # others still read which version serves
     serving, notes = processes.from_first(lambda: _whole_champion(state, config))
     if not notes:
         return state
@@ -217,6 +218,7 @@ def save(
     version, cursor = state.version, state.cursor
     tables = learner.model.tables
     slices = [] if tables.saved_elsewhere else [*tables.slices(), *learner.sparse_step.slices()]
+    first = learner.processes.is_first
     delta = _delta(state, slices, config, published=published)
     base = state.base if delta else None
     pending, bitmaps = pack_pending(cursor)
@@ -249,10 +251,10 @@ def save(
     manifest = save_checkpoint(
         config.model_dir,
         manifest,
-        dense=_dense_tensors(learner),
-        tables=[delta.tables] if delta else whole_files(slices),
-        memory=delta.memory if delta else state.memory.arrays() | state.ids.arrays(),
-        rows=_kept_rows(state, None if published else current_version(config.model_dir) or 0),
+        dense=_dense_tensors(learner) if first else {},
+        tables=delta.tables if delta else whole_files(slices),
+        memory=delta.memory if delta else _remembered(state) if first else {},
+        rows=_kept_rows(state, None if published else current_version(config.model_dir) or 0) if first else {},
         pending=bitmaps,
         base=base,
         keep=config.keep_checkpoints,
@@ -262,15 +264,17 @@ def save(
     if base is None:
         for marked in (tables, state.memory, state.ids):
             marked.mark_saved()
-    return replace(state, base=base_of(config.model_dir, manifest))
+    return replace(state, base=learner.processes.from_first(lambda: base_of(config.model_dir, manifest)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Delta:
     """What changed since the base."""
 
-    tables: Mapping[str, torch.Tensor]
+    tables: Iterable[Mapping[str, torch.Tensor]]
+    """What each file holds; copied as it is asked for."""
     memory: Mapping[str, npt.NDArray[Any]]
+    """Nothing but in the first process."""
 
 
 def _delta(state: ModelState, slices: Sequence[TableSlice], config: UpdateConfig, *, published: bool) -> _Delta | None:
@@ -278,27 +282,34 @@ def _delta(state: ModelState, slices: Sequence[TableSlice], config: UpdateConfig
 
     What is not published is no base for others, so that it is whole only where it has to be.
     """
-    base, learner = state.base, state.learner
-    if base is None or base.version not in versions(config.model_dir) or base.bytes < config.delta_checkpoints_from_mib << 20:
+    base, learner, processes = state.base, state.learner, state.learner.processes
+    if base is None or base.bytes < config.delta_checkpoints_from_mib << 20:
         return None
-    processes, marked = learner.processes, learner.model.tables.changed
+    if base.version not in processes.from_first(lambda: versions(config.model_dir)):
+        return None
+    marked = learner.model.tables.changed
     changed = {name: processes.union(rows.rows(), learner.device) for name, rows in marked.items()}
-    delta = _Delta(
-        tables=changed_file(slices, changed),
-        memory=state.memory.arrays(changed=True) | state.ids.arrays(changed=True),
-    )
-    size = processes.total(sum(tensor.nbytes for tensor in delta.tables.values()))
-    size += sum(array.nbytes for array in delta.memory.values())
-    return None if published and is_due(base, round(size)) else delta
+    memory = _remembered(state, changed=True) if processes.is_first else {}
+    size = processes.total(changed_bytes(slices, changed) + sum(array.nbytes for array in memory.values()))
+    if published and is_due(base, round(size)):
+        return None
+    return _Delta(tables=changed_files(slices, changed), memory=memory)
+
+
+def _remembered(state: ModelState, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
+    """Counters, histories and ids as they are saved: all of them, or only what `changed` since the base."""
+    return state.memory.arrays(changed=changed) | state.ids.arrays(changed=changed)
 
 
 def fingerprint_of_copies(state: ModelState) -> str:
     """Of what every process keeps a copy of: dense weights and all that is remembered beside the tables.
 
+    Of counters, histories and ids only what changed since the base, where there is one: the rest was found the same before.
+
     A checksum, against defects: it is not meant to withstand anybody.
     """
     found = 0
-    kept = state.memory.arrays() | state.ids.arrays() | state.replay.arrays() | state.late_clicks.arrays()
+    kept = _remembered(state, changed=state.base is not None) | state.replay.arrays() | state.late_clicks.arrays()
     kept |= {f"dense.{name}": weight.detach().cpu().numpy() for name, weight in state.learner.parameters.items()}
     for name, array in sorted(kept.items()):
         found = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, zlib.crc32(name.encode(), found))
@@ -306,9 +317,10 @@ def fingerprint_of_copies(state: ModelState) -> str:
 
 
 def as_saved(state: ModelState, window: Window, learned: Learned, config: UpdateConfig) -> ModelState:
-    """The state with the number and the cursor that `save` will give it."""
+    """The state with the number and the cursor that `save` will give it; all processes call this."""
     cursor = window.cursor_after(learned.unreached_R)
-    return replace(state, cursor=cursor, version=max(state.version + 1, next_version(config.model_dir)))
+    free = state.learner.processes.from_first(lambda: next_version(config.model_dir))
+    return replace(state, cursor=cursor, version=max(state.version + 1, free))
 
 
 def admit_ids(
@@ -342,7 +354,8 @@ def admit_ids(
     learner.sparse_step.forget(fresh)
     learner.model.tables.start_rows(fresh, like=SHARED_ROW, add_up=learner.processes.add_up)
     figures = {name: admission.figures for name, admission in admissions.items()}
-    return look_up_again(window, examples, spec, state.ids), figures
+    all_counted = counted_rows is None or len(counted_rows) == examples.num_rows
+    return look_up_again(window, examples, spec, state.ids, all_counted=all_counted), figures
 
 
 def model_fingerprint(config: UpdateConfig) -> str:
@@ -392,6 +405,23 @@ def _restored(version: int, config: UpdateConfig, spec: DatasetSpec, processes: 
         raise found
     _check_fit(found, config, spec)
     return _restore(found, config, spec, processes)
+
+
+def _in_all(processes: Processes, load: Callable[[], T]) -> T:
+    """What `load` gives, once no process has found anything corrupt; `load` exchanges nothing with the others.
+
+    Raises:
+        CorruptCheckpoint: one has, in all of them: they go back to the same version.
+    """
+    loaded: list[T] = []
+    fault = ""
+    try:
+        loaded.append(load())
+    except CorruptCheckpoint as error:
+        fault = str(error)
+    if faults := [told for told in processes.gather(fault) if told]:
+        raise CorruptCheckpoint(faults[0])
+    return loaded[0]
 
 
 def _manifest_or_fault(config: UpdateConfig, version: int) -> Manifest | CorruptCheckpoint:
@@ -499,7 +529,7 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
 def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     device = default_device()
     trained_on = manifest.spec or spec
-    dense = load_dense(config.model_dir, manifest)
+    dense = _in_all(processes, lambda: load_dense(config.model_dir, manifest))
     before, after = table_layout(trained_on), table_layout(spec)
     gated = f"weight.{GATE}" in dense or (config.model.kind == "deepfm" and before.head_keys != after.head_keys)
     new = new_tables(before, after)
@@ -511,12 +541,43 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         size = manifest.micro_batch_size or training.micro_batch
         training = training.model_copy(update={"micro_batch_size": size})
     learner = Learner(model, training, precision=precision, device=device, processes=processes)
+    if trained_on.fingerprint() != spec.fingerprint():
+        dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))
+    places = processes.from_first(lambda: _places(config, manifest))
+    return _in_all(processes, lambda: _filled(learner, manifest, dense, config, spec, places, new=new))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """What a model's folder says of a version beside its manifest."""
+
+    current: int | None
+    head: int | None
+    base: Base | None
+    """That the version after this one can build on."""
+
+
+def _places(config: UpdateConfig, manifest: Manifest) -> _Places:
+    folder = config.model_dir
+    return _Places(current=current_version(folder), head=head_version(folder), base=base_of(folder, manifest))
+
+
+def _filled(
+    learner: Learner,
+    manifest: Manifest,
+    dense: Mapping[str, torch.Tensor],
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    places: _Places,
+    *,
+    new: Set[str],
+) -> ModelState:
+    """The state of a version whose dense part was read, with all else that its files hold."""
+    model, trained_on = learner.model, manifest.spec or spec
     kept_averages = learner.sparse_step.averages().keys() & manifest.average_steps.keys()
     averages = [piece for piece in learner.sparse_step.slices() if piece.name.split(".")[0] in kept_averages]
     load_tables(config.model_dir, manifest, model.tables, averages=averages, new_tables=new)
     same = trained_on.fingerprint() == spec.fingerprint() and _average_kinds(learner) == manifest.average_steps.keys()
-    if trained_on.fingerprint() != spec.fingerprint():
-        dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))
     _load_dense_tensors(learner, manifest, dense)
     moments = _widened_moments(manifest.moments.running(), trained_on, spec) if manifest.moments else None
     cursor = load_cursor(config.model_dir, manifest)
@@ -525,7 +586,6 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         memory.load(arrays)
         ids.load(arrays)
     kept = load_rows(config.model_dir, manifest)
-    serving = current_version(config.model_dir)
     return ModelState(
         learner=learner,
         moments=moments,
@@ -535,9 +595,9 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
         late_clicks=LateClicks.load(kept, spec, num_normalised(spec)),
         cursor=cursor,
         version=manifest.version,
-        serving=serving if manifest.version == head_version(config.model_dir) else None,
-        evidence=_evidence(kept, serving),
-        base=base_of(config.model_dir, manifest) if same else None,
+        serving=places.current if manifest.version == places.head else None,
+        evidence=_evidence(kept, places.current),
+        base=places.base if same else None,
         notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),
     )
 

@@ -61,7 +61,7 @@ def on_processes(config: UpdateConfig, work: Callable[[Update], T]) -> T | None:
         ConfigError: not all of them have the same settings, code and data set.
     """
     assert not dist.is_initialized(), "inside a group, call the function that work was given, or run_update in every process"
-    patience = Patience(join_seconds=config.processes.join_seconds, stall_seconds=config.processes.stall_seconds)
+    patience = Patience.of(config.processes, lock_wait_seconds=config.lock_wait_seconds)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with joined(patience) as processes:
             _require_same(config, processes)

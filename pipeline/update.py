@@ -126,13 +126,13 @@ def run_update(
         rows, learned, plan = stages.run("learn", lambda: _learn(state, rows, window, config, spec, deadline, progress))
         after = stages.run("evaluate after learning", lambda: evaluate(state, rows, config, deadline))
         state, verdict = stages.run("judge", lambda: _judge(state, rows, champion_H, learned, config, history))
-        scores, own = Scores(before, after, frozen), config.gate.action == "enforce"
-        if own and verdict and verdict.decision == "reject":
+        scores, enforced = Scores(before, after, frozen), config.gate.action == "enforce"
+        if enforced and verdict and verdict.decision == "reject":
             report = describe(config, spec, window, state, rows, learned, plan, scores, stages.seconds)
             report = replace(as_rejected(report, state), profile=seen.profile, gate=verdict)
             return stages.run("hold aside", lambda: _hold_aside(config, window, report, now, processes))
         on_hold = verdict.decision == "hold" if verdict else state.serving is not None
-        published = not (own and on_hold)
+        published = not (enforced and on_hold)
 
         def described(saved: ModelState) -> UpdateReport:
             report = describe(config, spec, window, saved, rows, learned, plan, scores, stages.seconds)
@@ -222,16 +222,16 @@ def _check(
     """What the window looks like; no alarm where a person has released it."""
     examples = rows.examples
     logged = examples if rows.num_logged == examples.num_rows else examples.take(np.arange(rows.num_logged))
-    profile, own = profile_of(logged, spec, state.memory), config.alarms
-    if own.action == "off" or window.released:
+    profile, limits = profile_of(logged, spec, state.memory), config.alarms
+    if limits.action == "off" or window.released:
         return Checked(profile=profile, alarms=())
     alarms = alarms_of(
         profile,
         window.start,
         past_of(history),
-        deviations=own.deviations,
-        burst_factor=own.burst_factor,
-        min_windows=own.min_windows,
+        deviations=limits.deviations,
+        burst_factor=limits.burst_factor,
+        min_windows=limits.min_windows,
     )
     return Checked(profile=profile, alarms=alarms)
 
@@ -363,8 +363,9 @@ def _checkpoint(
     processes = state.learner.processes
     if processes.count > 1:
         processes.require_equal("counters, histories, ids or dense weights", fingerprint_of_copies(state))
+    expected = as_saved(state, window, logged, config)
     if processes.is_first:
-        note_down(config.model_dir, checkpoint.described(as_saved(state, window, logged, config)), checkpoint.bins)
+        note_down(config.model_dir, checkpoint.described(expected), checkpoint.bins)
     saved = save(state, window, logged, config, spec, seed=rows.seed, sampling=plan, published=checkpoint.published)
     if processes.is_first:
         freeze(config, spec, saved)

@@ -9,7 +9,8 @@ What differs from an update: rows over `window.max_rows`, and rows that a pass d
 learned later; counters and histories know of all rows. `budget.seconds` is learning alone: there is nothing to keep a reserve
 for; what the last step of a window takes beyond it, the next window has less, so that all strategies have the same seconds.
 Seconds are CPU seconds of this process, so that other work on the machine does not count; on a GPU they are elapsed ones.
-Where several processes train one model, all of them run this side by side, and seconds are added up over them.
+Where several processes train one model, all of them run this side by side, and seconds are added up over them: of the budget
+each has its share.
 
 Letters: R rows of a window, P rows of the probe.
 """
@@ -203,7 +204,8 @@ class _Entrant:
         learner, clock = self.learner, self._clock
         if window.fresh_rows:
             learner.model.tables.start_rows(window.fresh_rows, like=SHARED_ROW, add_up=learner.processes.add_up)
-        started, steps_before, budget = clock(), learner.steps, self._config.budget.seconds
+        count = learner.processes.count
+        started, steps_before, budget = clock(), learner.steps, self._config.budget.seconds / count
         seed = (self._config.training.seed, window.end)
         sampled = sample_window(self._config.sampling, window.examples, window.learned, self._spec, seed=seed)
         kept_R = _capped(sampled.kept_R, window.num_rows, self._config.window.max_rows, seed)
@@ -226,10 +228,10 @@ class _Entrant:
             progress=along,
             stratum_R=sampled.stratum_R,
             kept_R=kept_R,
+            ahead=False,
         )
-        own_seconds = clock() - started
-        self._owed = max(self._owed + own_seconds - budget, 0.0)
-        seconds = learner.processes.total(own_seconds)
+        seconds = learner.processes.total(clock() - started)
+        self._owed = max(self._owed + seconds / count - budget, 0.0)
         self._rows += learned.rows
         self._seconds += seconds
         return learned, seconds, learner.steps - steps_before

@@ -35,7 +35,7 @@ def run_on_processes(strategy: str, config: UpdateConfig, *, seed: int, recorded
         "recorded_by": _plain(recorded_by),
         "hours": hours,
     }
-    patience = Patience(join_seconds=config.processes.join_seconds, stall_seconds=config.processes.stall_seconds)
+    patience = Patience.of(config.processes, lock_wait_seconds=config.lock_wait_seconds)
     work = f"{__name__}:{take_part.__name__}"
     return _RUN.validate_python(run_together(work, config.processes.count, arguments, patience=patience)[0])
 

@@ -222,22 +222,26 @@ def _join_bags(first: Bags, second: Bags) -> Bags:
     )
 
 
-def look_up_again(window: EncodedWindow, examples: Examples, spec: DatasetSpec, ids: IdTables) -> EncodedWindow:
+def look_up_again(
+    window: EncodedWindow, examples: Examples, spec: DatasetSpec, ids: IdTables, *, all_counted: bool = True
+) -> EncodedWindow:
     """The same rows, with the rows that ids have now that they were admitted.
 
     Args:
-        window: encoded before the window's own ids were admitted, which takes no row from any of them.
+        window: encoded before the window's own ids were admitted, which takes no row from any that was counted.
         examples: that it was encoded from.
+        ids: of all features.
+        all_counted: whether the ids of all rows were. An id that was not may have lost its row to another.
     """
     single_RK, bags = window.single_RK.copy(), dict(window.bags)
     for feature in (feature for feature in spec.categorical if feature.name in ids.features):
         if feature.many:
             rows_V = bags[feature.name].rows_V.copy()
-            _give_new_rows(rows_V, examples.list_ids[feature.name].values_V, feature, ids)
+            _give_new_rows(rows_V, examples.list_ids[feature.name].values_V, feature, ids, all_counted=all_counted)
             bags[feature.name] = replace(bags[feature.name], rows_V=rows_V)
         else:
             rows_R = single_RK[:, window.single_keys.index(feature.name)]
-            _give_new_rows(rows_R, examples.single_ids[feature.name], feature, ids)
+            _give_new_rows(rows_R, examples.single_ids[feature.name], feature, ids, all_counted=all_counted)
     return replace(window, single_RK=single_RK, bags=bags, histories=_pools_again(window.histories, spec, ids))
 
 
@@ -320,8 +324,13 @@ def _pools_again(histories: UserBags | None, spec: DatasetSpec, ids: IdTables) -
     return replace(histories, pools=pools)
 
 
-def _give_new_rows(rows: npt.NDArray[np.int32 | np.int64], raw: U64, feature: Categorical, ids: IdTables) -> None:
-    """Puts rows after admission in place; only ids that had none of their own can have another."""
+def _give_new_rows(
+    rows: npt.NDArray[np.int32 | np.int64], raw: U64, feature: Categorical, ids: IdTables, *, all_counted: bool
+) -> None:
+    """Puts rows after admission in place; where all ids were counted, only one that had none of its own can have another."""
+    if not all_counted:
+        rows[:] = ids.rows(feature, raw)
+        return
     shared = np.flatnonzero(rows == SHARED_ROW)
     rows[shared] = ids.rows(feature, raw[shared])
 

@@ -335,7 +335,7 @@ class ClickLog(_DeltaLog):
             source: as of `write`.
 
         Raises:
-            DataError: the disk is full, or a file is gone; `files` are then as they were.
+            DataError: the disk is full, or a file is gone or damaged; `files` are then as they were.
         """
         kept, start = self.write(source), 0
         try:
@@ -392,9 +392,17 @@ class ClickLog(_DeltaLog):
 
     def _read_row_groups(self, file: LogFile) -> Iterator[pa.Table]:
         path = self._root / file.path
-        with _blaming_storage(path), pq.ParquetFile(path, page_checksum_verification=True) as stored:
-            for group in range(stored.num_row_groups):
-                yield stored.read_row_group(group).cast(self._schema)
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as stored:
+                for group in range(stored.num_row_groups):
+                    yield stored.read_row_group(group).cast(self._schema)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, MemoryError):
+                raise
+            raise DataError(
+                f"{path}, which was just written, cannot be read: {_first_line(error)}. Nothing was committed; run the ingest "
+                "again"
+            ) from error
 
     def row_groups(self, file: LogFile) -> list[RowRange]:
         """The parts of a file that can be read by themselves, in order.

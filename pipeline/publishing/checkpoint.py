@@ -23,11 +23,12 @@ or the new one. Nothing here is a pickle.
 
 from __future__ import annotations  # torch and torchrec, which take seconds to import, are named in signatures alone
 
+import errno
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ from pipeline.data.lineage import Piece
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor
 from pipeline.outcome import PlanRecord
+from pipeline.training.room import tells_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +73,8 @@ Content = Literal["dense", "tables", "memory", "rows", "pending"]
 Kind = Literal["base", "delta"]
 OF_CURSOR: tuple[Content, ...] = ("pending",)
 """Parts that tell what a model has consumed."""
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+"""Errors that say nothing of what a file holds: too many are open, no memory, the disk or the server does not answer."""
 
 
 class _Saved(BaseModel):
@@ -245,7 +249,8 @@ def save_checkpoint(
         manifest: without its parts.
         dense: every dense tensor.
         tables: what each file of this process's rectangles holds: all of them, or what changed since `base`.
-        memory: counters and the like, all of them, or what changed since `base`.
+        memory: counters and the like, all of them, or what changed since `base`; only the first process's are looked at, and
+            so it is with `dense` and `rows`.
         rows: past rows that are kept.
         pending: bitmaps.
         base: None for a version that is whole.
@@ -266,18 +271,21 @@ def save_checkpoint(
         _stage(folder, staged)
     processes.wait()
     try:
-        for number, content in enumerate(tables):
-            _write_tensors(staged / _tables_file(processes.rank, processes.count, number, changed=base is not None), content)
-        processes.wait()
-        if processes.rank == 0:
-            manifest = _finish(staged, final, manifest, dense=dense, memory=memory, rows=rows, pending=pending, base=base)
+        own = list(_write_tables(staged, tables, processes, changed=base is not None))
+        files = [name for names in processes.gather(own) for name in names]
+
+        def publish() -> Manifest:
+            complete = _finish(
+                staged, final, manifest, files, dense=dense, memory=memory, rows=rows, pending=pending, base=base
+            )
+            settle(model_dir, manifest.version, published=published, keep=keep)
+            return complete
+
+        return processes.from_first(publish)
     except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+        if processes.is_first:  # it may be publishing still when another has failed
+            shutil.rmtree(staged, ignore_errors=True)
         raise
-    if processes.rank == 0:
-        settle(model_dir, manifest.version, published=published, keep=keep)
-    processes.wait()
-    return manifest if processes.rank == 0 else _manifest_in(final)
 
 
 def settle(model_dir: Path, version: int, *, published: bool, keep: int) -> None:
@@ -413,6 +421,8 @@ def read_manifest(model_dir: Path, version: int, contents: Collection[Content] |
     try:
         manifest = _manifest_in(folder)
     except (OSError, ValidationError, ValueError) as error:
+        if _is_of_the_machine(error, folder / MANIFEST):
+            raise
         raise CorruptCheckpoint(f"checkpoint {_name(version)}: its manifest cannot be read ({error})") from error
     if manifest.format not in READABLE:
         raise CorruptCheckpoint(f"checkpoint {_name(version)}: format {manifest.format} is unknown to this tidemark; update it")
@@ -462,11 +472,23 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a file raises that does not hold what it should into `CorruptCheckpoint`; nothing in it is executed."""
+    """Turns what a file raises that does not hold what it should into `CorruptCheckpoint`; nothing in it is executed.
+
+    What the machine fails in goes on as it is: a version that is sound must not be set aside for it.
+    """
     try:
         yield
     except (SafetensorError, ValidationError, ValueError, LookupError, RuntimeError, OSError) as error:
+        if _is_of_the_machine(error, path):
+            raise
         raise CorruptCheckpoint(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _is_of_the_machine(error: Exception, path: Path) -> bool:
+    """Whether the file may be sound all the same. Where no more files can be open, safetensors says that there is none."""
+    if isinstance(error, OSError):
+        return error.errno in OF_THE_MACHINE or (isinstance(error, FileNotFoundError) and path.is_file())
+    return tells_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA" in str(error))
 
 
 def load_tables(
@@ -555,10 +577,21 @@ def _stage(folder: Path, staged: Path) -> None:
     staged.mkdir()
 
 
+def _write_tables(
+    staged: Path, tables: Iterable[Mapping[str, torch.Tensor]], processes: Processes, *, changed: bool
+) -> Iterator[str]:
+    """Writes this process's files; their names."""
+    for number, content in enumerate(tables):
+        name = _tables_file(processes.rank, processes.count, number, changed=changed)
+        _write_tensors(staged / name, content)
+        yield name
+
+
 def _finish(
     staged: Path,
     final: Path,
     manifest: Manifest,
+    files: Sequence[str],
     *,
     dense: Mapping[str, torch.Tensor],
     memory: Mapping[str, npt.NDArray[Any]],
@@ -566,11 +599,20 @@ def _finish(
     pending: Mapping[str, torch.Tensor],
     base: Base | None,
 ) -> Manifest:
-    """Writes what is left, then the manifest over all parts, and gives the folder its name."""
+    """Writes what is left, then the manifest over all parts, and gives the folder its name.
+
+    Raises:
+        OSError: one of `files`, which the processes say they have written, is not there.
+    """
+    if absent := [name for name in files if not (staged / name).is_file()]:
+        raise OSError(
+            f"{', '.join(absent)} of the other processes cannot be seen in {staged}; nothing is published. Give all of them "
+            "one state_dir on a file system that they share, and run again"
+        )
     kind: Kind = "delta" if base else "base"
     _write_tensors(staged / "dense.safetensors", dense)
     parts = [_describe(staged, "dense", "dense.safetensors")]
-    parts += [_describe(staged, "tables", path.name, kind) for path in sorted(staged.glob("tables-*"))]
+    parts += [_describe(staged, "tables", name, kind) for name in sorted(files)]
     if memory:
         parts.append(_write_arrays(staged, "memory", memory, kind))
     if rows:

@@ -1,14 +1,14 @@
 """Tables as files: whole, in files of a bounded size, or only the rows that changed.
 
     whole:    name@row,column                 a rectangle of a table or of its optimizer's state, from that row and column on
-    changed:  name@row,column+height          the changed rows of that rectangle, `height` rows high
-              rows of table@row+height        which rows of the table those are
+    changed:  name@row,column+height          changed rows of that rectangle, `height` rows high
+              rows of table@row+height        which rows of the table those are, in this file
 
 Enters: rectangles as a process holds them. Leaves: what the files hold, and the rectangles filled again, one file at a time: a
 file is mapped, copied and let go, so that a restore needs the memory of the tables once.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from models.embeddings import Filling, TableSlice
 
 FILE_BYTES = 256 << 20
 """Of one file at most, unless a single row is larger."""
+
+ROW_NUMBER_BYTES = 8
 
 _ROWS_OF = "rows of "
 
@@ -41,20 +43,41 @@ def whole_files(slices: Iterable[TableSlice]) -> Iterator[dict[str, torch.Tensor
         yield file
 
 
-def changed_file(slices: Iterable[TableSlice], changed: Mapping[str, I64]) -> dict[str, torch.Tensor]:
-    """Copies of the rows that changed, with their numbers.
+def changed_bytes(slices: Iterable[TableSlice], changed: Mapping[str, I64]) -> int:
+    """That `changed_files` gives together; nothing is copied.
+
+    Args:
+        slices: rectangles of a process.
+        changed: by table, the rows of all of it that changed, rising.
+    """
+    side_by_side = _side_by_side(slices)
+    return sum(len(pieces[0].rows_inside(changed[pieces[0].table])) * _bytes_a_row(pieces) for pieces in side_by_side)
+
+
+def changed_files(slices: Iterable[TableSlice], changed: Mapping[str, I64]) -> Iterator[dict[str, torch.Tensor]]:
+    """What each file holds: copies of the rows that changed, with their numbers; none where no row has.
 
     Args:
         slices: rectangles of a process.
         changed: by table, the rows of all of it that changed, rising.
     """
     file: dict[str, torch.Tensor] = {}
-    for piece in slices:
-        rows, height = piece.rows_inside(changed[piece.table]), len(piece.tensor)
-        file[f"{_ROWS_OF}{piece.table}@{piece.row}+{height}"] = torch.from_numpy(rows)
-        own = torch.from_numpy(rows - piece.row).to(piece.tensor.device)
-        file[f"{piece.name}@{piece.row},{piece.column}+{height}"] = piece.tensor[own]
-    return file
+    size = 0
+    for pieces in _side_by_side(slices):
+        first, height, bytes_a_row = pieces[0], len(pieces[0].tensor), _bytes_a_row(pieces)
+        rows, at_once = first.rows_inside(changed[first.table]), max(FILE_BYTES // bytes_a_row, 1)
+        for start in range(0, len(rows), at_once):
+            block = rows[start : start + at_once]
+            if file and size + len(block) * bytes_a_row > FILE_BYTES:
+                yield file
+                file, size = {}, 0
+            file[f"{_ROWS_OF}{first.table}@{first.row}+{height}"] = torch.from_numpy(block)
+            own = torch.from_numpy(block - first.row).to(first.tensor.device)
+            for piece in pieces:
+                file[f"{piece.name}@{piece.row},{piece.column}+{height}"] = piece.tensor[own].cpu()
+            size += len(block) * bytes_a_row
+    if file:
+        yield file
 
 
 def read_whole(path: Path, *filling: Filling) -> None:
@@ -70,7 +93,7 @@ def read_changed(path: Path, changed: Mapping[str, ChangedRows], *filling: Filli
     """Puts a file's rows over what was copied, and marks them as changed.
 
     Args:
-        path: of what `changed_file` gave.
+        path: of what `changed_files` gave.
         changed: marks by table.
         filling: rectangles that are whole.
     """
@@ -86,3 +109,16 @@ def read_changed(path: Path, changed: Mapping[str, ChangedRows], *filling: Filli
         rows: I64 = file[f"{_ROWS_OF}{table}@{row}+{height}"].numpy()
         for each in filling:
             each.put(name, rows, int(column), tensor)
+
+
+def _side_by_side(slices: Iterable[TableSlice]) -> list[list[TableSlice]]:
+    """The rectangles that hold the same rows of a table."""
+    found: dict[tuple[str, int, int], list[TableSlice]] = {}
+    for piece in slices:
+        found.setdefault((piece.table, piece.row, len(piece.tensor)), []).append(piece)
+    return list(found.values())
+
+
+def _bytes_a_row(pieces: Sequence[TableSlice]) -> int:
+    """Of a row that changed: its number, and what all of these rectangles hold of it."""
+    return ROW_NUMBER_BYTES + sum(piece.tensor.shape[1] * piece.tensor.element_size() for piece in pieces)

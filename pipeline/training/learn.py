@@ -21,6 +21,7 @@ from pipeline.training.budget import Deadline
 from pipeline.training.learner import Learner, StepResult
 from pipeline.training.probes import Probed, Probes
 from pipeline.training.processes import Processes
+from pipeline.training.room import memory_explained
 from pipeline.training.step_time import StepTime
 from sampling.mid_pass import Thinning
 from sampling.minibatches import BatchCursor
@@ -159,7 +160,9 @@ def learn(
                     window.weights_R[batch.rows] /= batch.probability_B.astype(np.float32)
             reweighted = any(batch.probability_B is not None for batch in batches)
             planned, own_rows = _rows_of(learner, [batch.rows for batch in batches])
-            chunk = learner.look_up(cutting.take(replace(planned, reweighted=reweighted)))
+            with memory_explained("cutting", len(planned.rows_C)):
+                cut = cutting.take(replace(planned, reweighted=reweighted))
+            chunk = learner.look_up(cut)
             if coming := _rows_to_come(cursor, batches[-1].decision, learner):
                 cutting.expect(coming)
             for batch, rows in zip(batches, own_rows, strict=True):

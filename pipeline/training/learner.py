@@ -34,6 +34,7 @@ from pipeline.training.local_updates import Sharing
 from pipeline.training.noise_scale import MEASURE_EVERY, NoiseScale, spread_of
 from pipeline.training.optimizers import dense_optimizer, warmed_up
 from pipeline.training.processes import Processes
+from pipeline.training.room import advice, memory_explained, tells_of_memory
 from pipeline.training.smoothing import MovingAverage, smooth_gradients
 from pipeline.training.sparse_step import SparseStep
 
@@ -104,7 +105,7 @@ class Learner:
         Raises:
             OutOfMemory: it does not fit.
         """
-        with _memory_explained("looking up", batch.num_rows):
+        with memory_explained("looking up", batch.num_rows):
             batch = batch.to(self.device)
             return Chunk(batch, self.model.tables(batch.deep, batch.wide))
 
@@ -125,7 +126,7 @@ class Learner:
             LearningDiverged: more than `training.max_skipped_steps` steps in a row were not finite.
             OutOfMemory: it does not fit, in however small micro-batches.
         """
-        with _memory_explained("a step of", rows.stop - rows.start):
+        with memory_explained("a step of", rows.stop - rows.start):
             return self._step(chunk, rows, divisor=divisor, learning_rate=learning_rate, batch_scale=batch_scale)
 
     def _step(self, chunk: "Chunk", rows: slice, *, divisor: float, learning_rate: float, batch_scale: float) -> StepResult:
@@ -168,7 +169,7 @@ class Learner:
 
     def finish(self, chunk: "Chunk") -> None:
         """One step of the sparse rows, with the gradients of all batches of the chunk that were learned."""
-        with _memory_explained("a step of the embeddings over", chunk.batch.num_rows):
+        with memory_explained("a step of the embeddings over", chunk.batch.num_rows):
             if self.sparse_step.needed:
                 self.sparse_step.learn(*chunk.lookups(self.model.layout))
                 return
@@ -223,7 +224,7 @@ class Learner:
             try:
                 gathered = self._gather(chunk, rows, divisor, measures=measures)
             except (RuntimeError, MemoryError) as error:
-                if not _tells_of_memory(error):
+                if not tells_of_memory(error):
                     raise
                 lacking = str(error) or type(error).__name__
             if not self.processes.total(float(bool(lacking))):
@@ -250,7 +251,7 @@ class Learner:
         while size >= num_rows:
             size //= 2
         if size < SMALLEST_MICRO_BATCH:
-            raise OutOfMemory(_advice(f"a step of {num_rows:,} rows", reason))
+            raise OutOfMemory(advice(f"a step of {num_rows:,} rows", reason))
         log.warning("out of memory after %d steps: micro-batches of %d rows from here on (%s)", self.steps, size, reason)
         self.micro_batch_size = size
         self.halvings.append((self.steps, size))
@@ -316,9 +317,19 @@ class Learner:
         """Divides the loss scale out of all gradients: the fused tables apply theirs at once, unscaled or not."""
         if self.precision != "fp16":
             return
+        self._share_overflow(pieces)
         self.scaler.unscale_(self.optimizer)
         leaves = [leaf for piece in pieces for leaf in (piece.deep_mS, piece.wide_mW)]
         self.scaler.unscale_(torch.optim.SGD(leaves, lr=0.0))
+
+    def _share_overflow(self, pieces: Sequence["_MicroBatch"]) -> None:
+        """Lets gradients overflow in all processes where they did in any, so that the loss scale of all stays the same."""
+        if self.processes.count == 1:
+            return
+        if self.processes.total(float(not self._gradients_are_finite(pieces))):
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(math.inf)
 
     def _gradients_are_finite(self, pieces: Sequence["_MicroBatch"]) -> bool:
         gradients = [leaf.grad for piece in pieces for leaf in (piece.deep_mS, piece.wide_mW) if leaf.grad is not None]
@@ -360,31 +371,6 @@ class Learner:
                 "stay waiting. Lower training.dense_learning_rate or training.sparse_learning_rate, or bound the numeric "
                 "features in the data set's TOML"
             )
-
-
-def _tells_of_memory(error: BaseException) -> bool:
-    """torch has an error of its own for a GPU, and a plain RuntimeError for the CPU."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text or "allocate memory" in text
-
-
-@contextmanager
-def _memory_explained(what: str, num_rows: int) -> Iterator[None]:
-    """Says what to do where memory does not suffice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _tells_of_memory(error):
-            raise
-        raise OutOfMemory(_advice(f"{what} {num_rows:,} rows", str(error) or type(error).__name__)) from error
-
-
-def _advice(what: str, reason: str) -> str:
-    return (
-        f"{what} does not fit into memory ({reason.splitlines()[0]}); nothing is published and the rows stay waiting. Lower "
-        "training.batch_size, max_batch_size or sparse_step_rows, or capacity or embedding_dim of the data set's features, or "
-        "stop what else uses the memory"
-    )
 
 
 class Chunk:

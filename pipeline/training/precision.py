@@ -6,7 +6,6 @@ bf16 halves the memory traffic but is slower for small networks on some processo
 cache and large ones keep a GPU busy. So both are measured, not assumed.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from models.ctr import DenseNet
 from pipeline.config import MICRO_BATCH_SIZES, TrainingConfig
 from pipeline.training.learner import Arithmetic
+from pipeline.training.room import free_bytes, tells_of_memory
 
 ROUNDS = 5
 WORTH_GROWING = 0.03
@@ -46,7 +46,7 @@ def choose_arithmetic(
     num_dense: int,
     device: torch.device,
     num_processes: int = 1,
-    free_bytes: Callable[[torch.device], int] | None = None,
+    free: Callable[[torch.device], int] = free_bytes,
 ) -> Chosen:
     """What is asked for, or where that is `auto` the fastest by interleaved medians of forward and backward, a row.
 
@@ -61,13 +61,13 @@ def choose_arithmetic(
         num_dense: columns.
         device: it is on.
         num_processes: that share a batch.
-        free_bytes: of memory; None asks the machine.
+        free: bytes of memory.
     """
     probe = _Probe(net, deep_width=deep_width, wide_width=wide_width, num_dense=num_dense, device=device)
     precisions: Sequence[Arithmetic] = ("fp32", "bf16") if config.precision == "auto" else (config.precision,)
     sizes = _sizes(config, num_processes)
     if len(sizes) > 1:
-        fits = MEMORY_SHARE * (free_bytes or _free_bytes)(device) / probe.bytes_a_row(sizes[0])
+        fits = MEMORY_SHARE * free(device) / probe.bytes_a_row(sizes[0])
         sizes = sizes[:1] + [size for size in sizes[1:] if size <= fits]
     every = [(precision, size) for precision in precisions for size in sizes]
     if len(every) == 1:
@@ -103,12 +103,6 @@ def _notes(of_size: dict[int, float], precision: Arithmetic, chosen: int) -> tup
     return (f"micro-batches of {chosen:,} rows in {precision} were chosen: {tried}",)
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 class _Probe:
     """Forward and backward passes of a net over zeros."""
 
@@ -122,7 +116,9 @@ class _Probe:
         started = time.perf_counter()
         try:
             self._pass(precision, rows)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not tells_of_memory(error):
+                raise
             return float("inf")
         if self._device.type == "cuda":
             torch.cuda.synchronize()

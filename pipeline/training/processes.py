@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from data_schemas.errors import ConfigError, GroupFailed, StoppedByFirst
 from data_schemas.examples import I64
+from pipeline.config import ProcessesConfig
 
 T = TypeVar("T")
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -37,10 +38,15 @@ LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL",
 class Patience:
     """How long processes wait for each other."""
 
-    join_seconds: float = 60.0
+    join_seconds: float
     """In which all must have come together."""
-    stall_seconds: float = 600.0
+    stall_seconds: float
     """Inside an exchange, before the others are given up."""
+
+    @classmethod
+    def of(cls, config: ProcessesConfig, *, lock_wait_seconds: float) -> "Patience":
+        """As the settings have it; in an exchange the others also wait while the first waits for the model's lock."""
+        return cls(join_seconds=config.join_seconds, stall_seconds=config.stall_seconds + lock_wait_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from data_schemas.errors import ConfigError
 from models.embeddings import EmbeddingTables, SparseOptimizer, Unfilled
 from pipeline.config import Sharding
 from pipeline.training.processes import Processes
+from pipeline.training.room import free_bytes
 
 ROW_WISE_FROM = 4096
 """Tables of at least this many rows are cut by rows, so that ids are partitioned by their hash; smaller ones stay whole."""
@@ -165,7 +165,7 @@ def _require_room(needs: list[_Need], processes: Processes, device: torch.device
     own = sum(need.bytes for need in needs)
     largest = max(needs, key=lambda need: need.bytes, default=_Need("no table", 0))
     place = f"{socket.gethostname()} {torch.cuda.current_device() if device.type == 'cuda' else ''}".strip()
-    all_needs = processes.gather((place, own, largest, _free_bytes(device)))
+    all_needs = processes.gather((place, own, largest, free_bytes(device)))
     together: dict[str, int] = {}
     for at, size, _, _ in all_needs:
         together[at] = together.get(at, 0) + size
@@ -177,31 +177,6 @@ def _require_room(needs: list[_Need], processes: Processes, device: torch.device
                 f"are free there; {table.bytes / 2**30:.3g} GiB are of {table.table}. Lower capacity or embedding_dim of that "
                 "feature in the data set's declaration, or spread them over more machines with processes.sharding 'auto'"
             )
-
-
-def _free_bytes(device: torch.device) -> int:
-    """That can still be taken: of the GPU; or of main memory and swap, within what this container may use."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-    free = 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
-    return min(free, _left_in_container())
-
-
-def _left_in_container() -> int:
-    """By the limit of version 2 control groups; very much, where there is none."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        given_back = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return UNBOUNDED
-    return UNBOUNDED if limit == "max" else int(limit) - used + int(given_back.get("inactive_file", 0))
 
 
 class _Sharder(FusedEmbeddingBagCollectionSharder):  # type: ignore[misc]

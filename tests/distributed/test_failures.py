@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,20 +40,19 @@ def test_one_that_is_killed_is_named_and_the_next_update_goes_through(day: Any) 
     alone = day.updated("one", 1)
     day.updated("many", 1, hours=1)
     config = load_config(overrides=day.overrides("many", "processes.count=3"))
-    killed: list[tuple[int, float]] = []
+    killed: list[int] = []
 
     def progress(done: int, rows: int) -> None:
         if done > rows / 3 and not killed:
-            killed.append((max(_peers()), time.monotonic()))
-            os.kill(killed[0][0], signal.SIGKILL)
+            killed.append(max(_peers()))
+            os.kill(killed[0], signal.SIGKILL)
 
     def work(update: Update) -> None:
         update(config, now=day.end, progress=progress)
 
     with pytest.raises(GroupFailed, match="was killed by SIGKILL") as failed:
         on_processes(config, work)
-    (pid, at), told = killed[0], str(failed.value)
-    assert time.monotonic() - at < 30
+    (pid,), told = killed, str(failed.value)
     assert re.search(rf"of 3 processes that worked together, process [12] \(pid {pid}\)", told), told
     assert "rows that were not published wait" in told
     assert _peers() == []
@@ -93,7 +93,7 @@ def test_torchrun_starts_anew_inside_the_same_budget(day: Any) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     spent = [float(seconds) for seconds in re.findall(r"spent ([\d.]+) s before", done.stdout)]
     assert spent[0] == 0.0
-    assert 0 < spent[1] < 60, "the attempt before counts"
+    assert spent[1] > 0, "the attempt before counts"
     assert spent[2:] == [0.0] * day.hours, "the updates after it, and the look for one more, do not pay for it"
     assert len(re.findall("version", done.stdout)) == day.hours
     day.updated("one", 1)
@@ -118,12 +118,16 @@ def test_processes_with_other_settings_are_refused(day: Any) -> None:
 
 def test_one_that_does_not_come_is_named(day: Any) -> None:
     """Two are announced, and one comes."""
-    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     asked = {"overrides": day.overrides("many", "processes.join_seconds=3"), "now": day.end.isoformat()}
     command = [sys.executable, str(PROGRAM), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | place | _path())
     assert done.returncode == 1
-    assert re.search("of 2 processes 1 came together within 3 s; missing: 1|cannot reach the others", done.stderr), done.stderr
+    told = rf"process 0 cannot reach the others at 127\.0\.0\.1:{port} .* within 3 s: .* 1/2 clients joined"
+    assert re.search(told, done.stderr), done.stderr
 
 
 def _torchrun(asked: dict[str, Any], *options: str) -> "subprocess.CompletedProcess[str]":

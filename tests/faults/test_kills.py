@@ -95,6 +95,7 @@ def _kill_at_steps(machine: Any, tell: Callable[[str], None], *, every: int) -> 
     tell(
         f"{places.total()} kills at {steps} steps of publishing whole versions and deltas, {otherwise} ended otherwise; {found}"
     )
+    assert places.total() >= 2, "somewhere it was killed"
     assert otherwise == 0
 
 

@@ -79,6 +79,17 @@ class TestWithAServer:
         assert "## Figures" in str(artifact.data)
         assert "](data:image/png;base64," in str(artifact.data)
 
+    def test_files_that_cannot_be_read_ahead_stop_no_update(
+        self, config: UpdateConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise DataError("the log is being written")
+
+        monkeypatch.setattr("flows.catching_up._reads", fail)
+        reports = in_a_flow(lambda: catch_up(config, until=STREAM.hour_start(1), tell=lambda line: None))
+        assert len(reports) == 1
+        assert "the next window is not read ahead: the log is being written" in caplog.text
+
     def test_catching_up_stops_before_the_hour_it_is_told(self, config: UpdateConfig) -> None:
         reports = in_a_flow(lambda: catch_up(config, until=STREAM.hour_start(2), tell=lambda line: None))
         assert [report.window_start for report in reports] == [STREAM.hour_start(0), STREAM.hour_start(1)]

@@ -1,11 +1,13 @@
 """Versions that hold what changed since a whole one: restored to the last bit, pruned and set aside with what they build on."""
 
+import errno
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import Learned, learn
 from pipeline.training.processes import Processes
 
+T = TypeVar("T")
 ROWS = 150
 HISTORY = {"of": ("item",), "length": 4, "capacity": 512, "attended_clicks": 2}
 
@@ -215,6 +218,87 @@ def test_small_models_are_always_whole_and_large_tables_lie_in_several_files(
     assert len(files) > 5
     assert max(file.stat().st_size for file in files) < 50_000
     assert bits(stream.restored(config)) == bits(state)
+
+
+def test_changes_lie_in_several_files_too_and_their_size_is_known_before(
+    tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_files, "FILE_BYTES", 2_000)
+    config = config_in(tmp_path)
+    state = stream.go_on(config, range(2))
+    assert kinds(config)[2] == 1
+    files = list((config.model_dir / "checkpoints" / "v000002").glob("tables-*.changed.safetensors"))
+    assert len(files) > 5
+    assert max(file.stat().st_size for file in files) < 4_000
+    assert bits(stream.restored(config)) == bits(state)
+    pieces = [*state.learner.model.tables.slices()]
+    changed = {name: rows.rows() for name, rows in state.learner.model.tables.changed.items()}
+    copied = [tensor.nbytes for file in table_files.changed_files(pieces, changed) for tensor in file.values()]
+    assert sum(copied) == table_files.changed_bytes(pieces, changed) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithAnother(Processes):
+    """One process, which another seems to tell something once, where what is gathered is of that type."""
+
+    told: list[Any]
+
+    def gather(self, value: T) -> list[T]:
+        return [value, self.told.pop()] if self.told and isinstance(value, type(self.told[0])) else [value]
+
+
+def test_what_another_process_finds_corrupt_is_set_aside_by_all(tmp_path: Path, stream: Stream) -> None:
+    config = config_in(tmp_path)
+    stream.go_on(config, range(2))
+    state = restore_or_create(config, stream.spec, WithAnother(told=["v000002: memory.safetensors cannot be read"]))
+    assert state.version == 1
+    assert state.notes == ("v000002: memory.safetensors cannot be read; went back to the checkpoint before",)
+    assert versions(config.model_dir) == [1]
+
+
+def test_a_file_of_another_process_that_is_not_there_is_not_published_without(tmp_path: Path, stream: Stream) -> None:
+    config = config_in(tmp_path)
+    state = stream.go_on(config, range(1))
+    state.learner.processes = WithAnother(told=[["tables-1-of-2.safetensors"]])
+    with pytest.raises(OSError, match=r"tables-1-of-2\.safetensors of the other processes cannot be seen"):
+        stream.update(state, config, 1)
+    assert [path.name for path in (config.model_dir / "checkpoints").iterdir()] == ["v000001"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EMFILE, "Too many open files"), torch.OutOfMemoryError("CUDA out of memory"), FileNotFoundError("no file")],
+    ids=["too many files", "no memory", "too many files, as safetensors says it"],
+)
+def test_what_the_machine_fails_in_sets_no_version_aside(
+    tmp_path: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    config = config_in(tmp_path)
+    stream.go_on(config, range(2))
+
+    def fail(path: Path) -> dict[str, torch.Tensor]:
+        raise error
+
+    monkeypatch.setattr(table_files, "load_file", fail)
+    with pytest.raises(type(error)):
+        stream.restored(config)
+    assert versions(config.model_dir) == [1, 2]
+
+
+def test_ids_that_are_not_counted_and_lose_their_rows_share_one_again(tmp_path: Path, stream: Stream) -> None:
+    """Ids that were not seen for hours expire in the call that counts others, and are looked up beside them."""
+    state = stream.restored(config_in(tmp_path))
+    stream.learned(state, config_in(tmp_path), 0)
+    old, new = stream.hour(0), stream.hour(4)
+    single = {name: np.concatenate([old.single_ids[name], new.single_ids[name]]) for name in old.single_ids}
+    both = replace(old.take(np.resize(np.arange(ROWS), 2 * ROWS)), single_ids=single)
+    window = encode(both, stream.spec, state.memory, state.moments, hour=4, ids=state.ids)
+    user, place = stream.spec.categorical[0], window.single_keys.index("user")
+    had_R = window.single_RK[:, place].copy()
+    window, _ = admit_ids(state, both, window, stream.spec, hour=4, counted_rows=np.arange(ROWS, 2 * ROWS))
+    np.testing.assert_array_equal(window.single_RK[:, place], state.ids.rows(user, both.single_ids["user"]))
+    assert (had_R[:ROWS] > 1).any()
+    assert set(window.single_RK[:ROWS, place]) == {0}
 
 
 def test_what_versions_build_on_stays_and_one_that_builds_on_something_else(tmp_path: Path, stream: Stream) -> None:

@@ -103,6 +103,17 @@ def test_exact_ranges_are_read_across_row_groups(log: ClickLog, monkeypatch: pyt
     ]
 
 
+def test_a_damaged_file_is_not_written_again_and_is_named(log: ClickLog) -> None:
+    writer = log.write()
+    writer.add(HOUR, make_rows(40))
+    (file,) = writer.close()
+    path = log.root / file.path
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"part-.*, which was just written, cannot be read: .* run the ingest again"):
+        log.write_again([file], np.arange(40) % 2 == 0, "again")
+    assert data_files(log) == {file.path}
+
+
 def test_row_groups_outside_a_range_are_not_read(log: ClickLog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lake, "ROW_GROUP_ROWS", 50)
     (file,) = write(log, {HOUR: 300}, "f1")

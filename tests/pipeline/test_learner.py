@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from pipeline.training.budget import Deadline
 from pipeline.training.compilation import Compiled
 from pipeline.training.learn import Learned, learn
 from pipeline.training.learner import Arithmetic, Learner, StepResult
+from pipeline.training.local_updates import Sharing
+from pipeline.training.processes import Processes
 from sampling.minibatches import BatchCursor
 
 CPU = torch.device("cpu")
@@ -237,6 +239,33 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_goes_on(small_spec: DatasetSpe
     assert not result.learned
     assert learner.skipped_in_a_row == 0
     assert learner.scaler.get_scale() == 2.0**39
+    assert _greatest_difference(learner, untouched) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesideAnOverflow(Processes):
+    """One process, to which another seems to tell that its memory sufficed, and then that its gradients overflowed."""
+
+    count: int = 2
+    told: list[float] = field(default_factory=lambda: [1.0, 0.0])
+
+    def total(self, value: float) -> float:
+        return value + self.told.pop() if self.told else value
+
+    def sum_gradients(self, parameters: object) -> None:
+        """The other's are not added."""
+
+
+def test_an_overflow_in_another_process_lowers_the_scale_of_this_one(
+    small_spec: DatasetSpec, small_examples: MakeExamples
+) -> None:
+    window = _window(small_spec, small_examples(64))
+    learner, untouched = _learner(small_spec, precision="fp16"), _learner(small_spec)
+    learner.processes = BesideAnOverflow()
+    learner.sharing = Sharing(1, learner.processes)
+    before = learner.scaler.get_scale()
+    assert not _step(learner, window, np.arange(64)).learned
+    assert learner.scaler.get_scale() == before / 2
     assert _greatest_difference(learner, untouched) == 0
 
 

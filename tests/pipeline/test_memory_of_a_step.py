@@ -15,7 +15,7 @@ from models.ctr import build_model
 from models.memory import Memory
 from models.tables import table_layout
 from pipeline.config import ModelConfig, TrainingConfig
-from pipeline.data.encode import encode, num_dense_columns
+from pipeline.data.encode import EncodedWindow, encode, num_dense_columns
 from pipeline.model_state import architecture
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
@@ -146,6 +146,17 @@ def test_tables_that_do_not_fit_say_what_to_do(
         _learn(learner, small_spec, small_examples(128))
 
 
+def test_batches_that_do_not_fit_say_what_to_do(
+    small_spec: DatasetSpec, small_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(EncodedWindow, "minibatch", fail)
+    with pytest.raises(OutOfMemory, match=r"cutting \d+ rows does not fit.*MemoryError.*sparse_step_rows"):
+        _learn(_learner(small_spec, 64), small_spec, small_examples(128))
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
     learner = _learner(small_spec, 64)
     learner.net = LittleMemory(learner.net, 0, RuntimeError("shapes do not fit"))  # type: ignore[assignment]
@@ -174,9 +185,33 @@ def test_a_size_is_chosen_that_memory_and_the_batch_have_room_for(
         wide_width=len(model.layout.wide_keys),
         num_dense=num_dense_columns(small_spec),
         device=CPU,
-        free_bytes=lambda device: int(free_gigabytes * 2**30),
+        free=lambda device: int(free_gigabytes * 2**30),
     )
     assert chosen.micro_batch_size in possible
     assert chosen.precision == "fp32"
     assert bool(chosen.notes) == (len(possible) > 1)
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_size_that_turns_out_not_to_fit_is_not_chosen(
+    small_spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    model, config = _learner(small_spec, 64).model, TrainingConfig(batch_size=2048, precision="fp32")
+    forward = model.net.forward
+
+    def poor(deep_BS: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if len(deep_BS) > 512:
+            raise error
+        return forward(deep_BS, *others)
+
+    monkeypatch.setattr(model.net, "forward", poor)
+    chosen = choose_arithmetic(
+        config,
+        model.net,
+        deep_width=sum(model.layout.deep_dims),
+        wide_width=len(model.layout.wide_keys),
+        num_dense=num_dense_columns(small_spec),
+        device=CPU,
+    )
+    assert chosen.micro_batch_size == 512

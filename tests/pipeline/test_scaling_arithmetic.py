@@ -33,6 +33,13 @@ def test_a_step_sends_what_is_counted_by_hand(scaling: ModuleType) -> None:
     assert scaling.step_bytes(wanted, 1, "rows") == 0
 
 
+def test_a_delta_is_what_is_counted_by_hand(scaling: ModuleType) -> None:
+    wanted = scaling.Wanted(rows_per_hour=100, features=2, dim=4, distinct_share=0.5)
+    number, embedding, wide = 8, 4 * 4, 2 * 4
+    assert scaling.delta_bytes(wanted, "rows") == 100 * (number + embedding + 4 + wide)
+    assert scaling.delta_bytes(wanted, "columns") == 100 * (number + embedding + 4 * 4 + wide)
+
+
 def test_the_fewest_processes_are_found_that_are_fast_enough(scaling: ModuleType) -> None:
     here = scaling.Here(rows_per_core_second=1e4, window_bytes=200)
     wanted = scaling.Wanted(rows_per_hour=1e8, parameters=1e8, gigabytes_per_second=10)

@@ -1,0 +1,77 @@
+"""Room in memory: how much there is, and what is said where it does not suffice.
+
+Enters: a device, or an error. Leaves: bytes that are free; whether it tells of memory; an `OutOfMemory` with the way out.
+"""
+
+from __future__ import annotations  # torch, which takes seconds to import, is named in a signature alone
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_schemas.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    import torch
+
+LACKING = ("out of memory", "DefaultCPUAllocator", "allocate memory")
+"""In what torch says: of a GPU in an error of its own, of the CPU in a plain RuntimeError."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """That can still be taken: of the GPU; or of main memory and swap, within what this container may use."""
+    if device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    free = 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
+    left = _left_in_container()
+    return free if left is None else min(free, left)
+
+
+def tells_of_memory(error: BaseException) -> bool:
+    """Whether it was raised because memory did not suffice, of a GPU or of the machine."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in LACKING))
+
+
+@contextmanager
+def memory_explained(what: str, num_rows: int) -> Iterator[None]:
+    """Says what to do where memory does not suffice.
+
+    Raises:
+        OutOfMemory: in the place of what tells of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not tells_of_memory(error):
+            raise
+        raise OutOfMemory(advice(f"{what} {num_rows:,} rows", str(error) or type(error).__name__)) from error
+
+
+def advice(what: str, reason: str) -> str:
+    """What did not fit, why, and the way out."""
+    return (
+        f"{what} does not fit into memory ({reason.splitlines()[0]}); nothing is published and the rows stay waiting. Lower "
+        "training.batch_size, max_batch_size or sparse_step_rows, or capacity or embedding_dim of the data set's features, or "
+        "stop what else uses the memory"
+    )
+
+
+def _left_in_container() -> int | None:
+    """By the limit of version 2 control groups; None where there is none."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        given_back = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + int(given_back.get("inactive_file", 0))
