@@ -4,8 +4,10 @@ Enters: the environment that a launcher sets. Leaves: `Processes`, with the few 
 by all of them in the same order, and what it returns is the same in all.
 """
 
+import hashlib
 import os
-import socket
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 from torch.distributed.rendezvous import rendezvous
 
 from data_schemas.errors import ConfigError, GroupFailed, StoppedByFirst
@@ -29,6 +32,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 Store = Any
 """A store of torch.distributed, which exports no type for it."""
 
+MEETING_POLL_SECONDS = 0.02
+"""Between two looks at who has come."""
 TOLD = "the other processes were told, and stopped"
 LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 """In what torch says where another process is gone."""
@@ -206,7 +211,7 @@ def joined(patience: Patience, *, store: Store | None = None, rank: int = 0, cou
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # torchrec calls them
     if store is None:
         store, rank, count = _met(patience)
-    _require_all(store, rank, count, patience)
+    store = _gathered(store, rank, count, patience)
     dist.init_process_group(
         _backend(), store=store, rank=rank, world_size=count, timeout=timedelta(seconds=patience.stall_seconds)
     )
@@ -243,18 +248,40 @@ def _met(patience: Patience) -> tuple[Store, int, int]:
         ) from error
 
 
-def _require_all(store: Store, rank: int, count: int, patience: Patience) -> None:
-    """Waits until all have come, and says who has not."""
-    store.set(f"tidemark/here/{rank}", socket.gethostname())
-    keys = [f"tidemark/here/{other}" for other in range(count)]
-    try:
-        store.wait(keys, timedelta(seconds=patience.join_seconds))
-    except RuntimeError as error:
-        absent = [other for other, key in enumerate(keys) if not store.check([key])]
-        raise GroupFailed(
-            f"of {count} processes {count - len(absent)} came together within {patience.join_seconds:g} s; missing: "
-            f"{', '.join(map(str, absent))}. See what those wrote, or give them longer with processes.join_seconds"
-        ) from error
+def _gathered(store: Store, rank: int, count: int, patience: Patience) -> Store:
+    """Waits until all have come, and says who has not; the part of the store that is theirs alone.
+
+    torchrun keeps its store when it starts processes anew, with the addresses of those that are gone. So each process leaves a
+    word that nobody had before, the first one says which words it has read, and whose own is among them has come.
+    """
+    own, deadline, met = uuid.uuid4().hex, time.monotonic() + patience.join_seconds, ""
+    store.set(f"tidemark/here/{rank}", own)
+    while time.monotonic() < deadline:
+        words = [_word(store, f"tidemark/here/{other}") for other in range(count)] if rank == 0 else []
+        if words and all(words):
+            store.set("tidemark/met", "/".join(words))
+        met = _word(store, "tidemark/met")
+        if own in met.split("/"):
+            place = _place(met, store)
+            place.set(f"come/{rank}", own)
+            if place.check([f"come/{other}" for other in range(count)]):
+                return place
+        time.sleep(MEETING_POLL_SECONDS)
+    absent = [other for other in range(count) if not store.check([f"tidemark/here/{other}"])]
+    absent = absent or [other for other in range(count) if not _place(met, store).check([f"come/{other}"])]
+    raise GroupFailed(
+        f"of {count} processes {count - len(absent)} came together within {patience.join_seconds:g} s; missing: "
+        f"{', '.join(map(str, absent))}. See what those wrote, or give them longer with processes.join_seconds"
+    )
+
+
+def _place(met: str, store: Store) -> Store:
+    return PrefixStore(f"tidemark/{hashlib.sha256(met.encode()).hexdigest()}", store)
+
+
+def _word(store: Store, key: str) -> str:
+    """Empty where nobody has left one."""
+    return str(store.get(key).decode()) if store.check([key]) else ""
 
 
 def _backend() -> str:

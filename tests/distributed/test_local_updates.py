@@ -46,7 +46,7 @@ def test_a_step_of_many_micro_batches_exchanges_dense_gradients_once(two: list[d
     for one in two:
         many, whole = one["exchanges"]
         *sizes, dense = many
-        assert sizes == [dense, 1, 1]  # gradients; then the loss, and whether all were finite
+        assert sizes == [1, dense, 1, 1]  # whether memory sufficed; gradients; the loss, and whether all were finite
         assert whole == many
 
 
