@@ -30,25 +30,19 @@ class ChangedRows:
             num_rows: of the table.
             device: that the rows to mark are on; None for the CPU.
         """
-        self._marks = np.zeros(num_rows, bool)
-        self._on_device = None if device is None or device.type == "cpu" else _marks_on(device, num_rows)
+        self._marks = np.zeros(num_rows, bool) if device is None or device.type == "cpu" else _marks_on(device, num_rows)
 
     def add(self, rows: "torch.Tensor | I64") -> None:
         """Marks these rows, which may repeat."""
-        if self._on_device is None:
-            self._marks[np.asarray(rows)] = True
-        else:
-            self._on_device[rows] = True
+        self._marks[np.asarray(rows) if isinstance(self._marks, np.ndarray) else rows] = True
 
     def rows(self) -> I64:
         """Those that are marked, rising."""
-        return np.flatnonzero(self._marks if self._on_device is None else self._on_device.cpu().numpy())
+        return np.flatnonzero(self._marks if isinstance(self._marks, np.ndarray) else self._marks.cpu().numpy())
 
     def clear(self) -> None:
         """No row has changed from here."""
         self._marks[:] = False
-        if self._on_device is not None:
-            self._on_device.zero_()
 
 
 def _marks_on(device: "torch.device", num_rows: int) -> "torch.Tensor":

@@ -67,17 +67,23 @@ class TableSlice:
 
     def rows_inside(self, rows: I64) -> I64:
         """Those of a table's rows that lie in the rectangle."""
-        return rows[(rows >= self.row) & (rows < self.row + len(self.tensor))]
+        return rows[self._places_inside(rows)]
+
+    def own_rows(self, rows: I64) -> torch.Tensor:
+        """The same, counted from the rectangle's first."""
+        return torch.from_numpy(self.rows_inside(rows) - self.row).to(self.tensor.device)
 
     @torch.no_grad()
     def put(self, rows: I64, column: int, values: torch.Tensor) -> None:
         """Puts `values`, `[rows, columns]` from a column of the table on, where these rows and columns are its own."""
-        inside = np.flatnonzero((rows >= self.row) & (rows < self.row + len(self.tensor)))
+        inside = self._places_inside(rows)
         left, right = max(column, self.column), min(column + values.shape[1], self.column + self.tensor.shape[1])
         if len(inside) and left < right:
-            own = torch.from_numpy(rows[inside] - self.row).to(self.tensor.device)
             taken = values[torch.from_numpy(inside), left - column : right - column].to(self.tensor.device)
-            self.tensor[:, left - self.column : right - self.column].index_copy_(0, own, taken)
+            self.tensor[:, left - self.column : right - self.column].index_copy_(0, self.own_rows(rows), taken)
+
+    def _places_inside(self, rows: I64) -> I64:
+        return np.flatnonzero((rows >= self.row) & (rows < self.row + len(self.tensor)))
 
 
 _OF_TABLE = re.compile(r"(?:row_\w+\.)?(?:deep|wide)\.(.+)\.(?:weight|accumulator)(?:\.\w+)?")
@@ -215,9 +221,9 @@ class EmbeddingTables(nn.Module):
             add_up(start_D)
             for piece in weights:
                 columns = slice(piece.column, piece.column + piece.tensor.shape[1])
-                piece.tensor[_own_rows(piece, rows_by_feature[table.name])] = start_D[columns]
+                piece.tensor[piece.own_rows(rows_by_feature[table.name])] = start_D[columns]
             for piece in (piece for piece in pieces if piece.name == f"{part}.{table.name}.accumulator"):
-                piece.tensor[_own_rows(piece, rows_by_feature[table.name])] = 0.0
+                piece.tensor[piece.own_rows(rows_by_feature[table.name])] = 0.0
 
     @torch.no_grad()
     def decay_accumulators(self, factor: float) -> None:
@@ -269,11 +275,10 @@ class EmbeddingTables(nn.Module):
 
     def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> None:
         """Rows that a backward pass will step. A feature's embeddings and wide weights are mostly looked up alike."""
-        table_of_key = {key: table.name for table in (*self.layout.deep, *self.layout.wide) for key in table.lookups}
         seen = [deep] if wide.values().data_ptr() == deep.values().data_ptr() and wide.keys() == deep.keys() else [deep, wide]
         for ids in seen:
             for key, rows in zip(ids.keys(), ids.values().split(ids.length_per_key()), strict=True):
-                self.changed[table_of_key[key]].add(rows)
+                self.changed[self.layout.table_of[key]].add(rows)
 
 
 class Filling:
@@ -384,13 +389,6 @@ def _copy_overlap(piece: TableSlice, own: TableSlice) -> int:
     inside = source[top - piece.row : bottom - piece.row, left - piece.column : right - piece.column]
     target[top - own.row : bottom - own.row, left - own.column : right - own.column].copy_(inside)
     return inside.numel()
-
-
-def _own_rows(piece: TableSlice, rows: I64) -> torch.Tensor:
-    """Those of a table's rows that lie in the piece, counted from its first."""
-    local = rows - piece.row
-    inside = local[(local >= 0) & (local < len(piece.tensor))]
-    return torch.from_numpy(np.ascontiguousarray(inside)).to(piece.tensor.device)
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:

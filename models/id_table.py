@@ -29,7 +29,7 @@ from data_schemas.errors import SpecMismatch
 from data_schemas.examples import I64, U64, Examples
 from data_schemas.hashing import MISSING
 from models.ids import table_rows
-from models.key_index import KeyIndex, run_starts
+from models.key_index import KeyIndex, as_stored, run_starts
 
 SHARED_ROW = 0
 """Of all ids that have no row of their own."""
@@ -112,8 +112,7 @@ class IdTables:
         """
         tables = {name: table.arrays(changed=changed) for name, table in self._tables.items()}
         kept = {f"ids({name})/{part}": array for name, arrays in tables.items() for part, array in arrays.items()}
-        contiguous = {name: np.ascontiguousarray(array) for name, array in kept.items()}
-        return {name: array.view(np.int64) if array.dtype == np.uint64 else array for name, array in contiguous.items()}
+        return as_stored(kept)
 
     def mark_saved(self) -> None:
         """What is touched from here on has changed."""

@@ -34,6 +34,13 @@ BLOCK_ROWS = 8192
 """Keys that are looked up at a time, so that their buckets stay in the processor's cache."""
 
 
+def as_stored(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays as safetensors can keep them: it writes the memory of any that is not contiguous in its own order, and says
+    nothing; unsigned keys become `int64` of the same bits."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return {name: array.view(np.int64) if array.dtype == np.uint64 else array for name, array in contiguous.items()}
+
+
 class KeyIndex:
     """Which slot holds which key; memory is bounded by `capacity`, whatever arrives.
 
@@ -136,13 +143,11 @@ class KeyIndex:
         Args:
             changed: only of the slots that were touched since `mark_saved`; those of them that hold no key now are `freed`.
         """
-        if not changed:
-            slots = np.flatnonzero(self._keys)
-            return {"slots": slots, "keys": self._keys[slots], "used_hour": self._used_hour[slots]}
-        touched = self._changed.rows()
+        touched = self._changed.rows() if changed else np.flatnonzero(self._keys)
         holds = self._keys[touched] != MISSING
         slots = touched[holds]
-        return {"slots": slots, "keys": self._keys[slots], "used_hour": self._used_hour[slots], "freed": touched[~holds]}
+        kept: dict[str, npt.NDArray[Any]] = {"slots": slots, "keys": self._keys[slots], "used_hour": self._used_hour[slots]}
+        return kept | {"freed": touched[~holds]} if changed else kept
 
     def mark_saved(self) -> None:
         """What is touched from here on has changed."""

@@ -25,7 +25,7 @@ from data_schemas.errors import SpecMismatch
 from data_schemas.examples import F32, Examples
 from models.counters import AgeBank, CounterBank, counter_columns
 from models.histories import Histories, HistoryBank
-from models.key_index import KeyChanges
+from models.key_index import KeyChanges, as_stored
 
 THREADS = 2
 """Banks that work at a time; they share nothing, so the result does not depend on it."""
@@ -124,8 +124,7 @@ class Memory:
         """
         banks = {name: bank.arrays(changed=changed) for name, bank in self._banks()}
         kept = {f"{name}/{part}": array for name, arrays in banks.items() for part, array in arrays.items()}
-        contiguous = {name: np.ascontiguousarray(array) for name, array in kept.items()}
-        return {name: array.view(np.int64) if array.dtype == np.uint64 else array for name, array in contiguous.items()}
+        return as_stored(kept)
 
     def mark_saved(self) -> None:
         """What is touched from here on has changed."""

@@ -74,6 +74,11 @@ class TableLayout:
         return [key for table in self.wide for key in table.lookups]
 
     @cached_property
+    def table_of(self) -> dict[str, str]:
+        """By key, the feature or cross whose tables it is looked up in."""
+        return {key: table.name for table in (*self.deep, *self.wide) for key in table.lookups}
+
+    @cached_property
     def plain_width(self) -> int:
         """Columns of the embeddings that are not of a history; those of the history follow them."""
         return sum(self.head_dims[: len(self.head_dims) - len(self.pools)])

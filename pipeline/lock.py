@@ -47,15 +47,22 @@ class Holder:
     @property
     def may_live(self) -> bool:
         """False where the process is known to have ended: of another host that cannot be told."""
-        if self.host != socket.gethostname():
-            return True
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            return True  # it is another user's
-        return True
+        return self.host != socket.gethostname() or lives(self.pid)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process of this machine has not ended; one that has, and whose parent has not asked how, does not live."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # it is another user's
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True  # no such folder here, or it ends at this moment
+    return state not in ("Z", "X")
 
 
 @contextmanager

@@ -288,7 +288,7 @@ def _delta(state: ModelState, slices: Sequence[TableSlice], config: UpdateConfig
     if base.version not in processes.from_first(lambda: versions(config.model_dir)):
         return None
     marked = learner.model.tables.changed
-    changed = {name: processes.union(rows.rows(), learner.device) for name, rows in marked.items()}
+    changed = {name: processes.union(rows.rows()) for name, rows in marked.items()}
     memory = _remembered(state, changed=True) if processes.is_first else {}
     size = processes.total(changed_bytes(slices, changed) + sum(array.nbytes for array in memory.values()))
     if published and is_due(base, round(size)):
@@ -474,10 +474,12 @@ def _model(
     gated: bool = False,
     new: bool,
 ) -> CtrModel:
+    layout = table_layout(spec)
     spread = partial(
         spread_tables,
         processes=processes,
         device=device,
+        layout=layout,
         sharding=config.processes.sharding,
         sparse_optimizer=config.training.sparse_optimizer,
         seed=config.training.seed,
@@ -485,7 +487,7 @@ def _model(
     )
     return build_model(
         architecture(config.model, gated=gated),
-        table_layout(spec),
+        layout,
         num_dense=num_dense_columns(spec),
         sparse_optimizer=config.training.sparse_optimizer,
         sparse_learning_rate=config.training.sparse_learning_rate,

@@ -28,6 +28,7 @@ from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError, GroupFailed, StoppedByFirst, TidemarkError
 from pipeline.config import UpdateConfig
 from pipeline.launch import StartedProcesses, meeting_place, started, threads_of_each
+from pipeline.lock import lives
 from pipeline.outcome import UpdateReport
 from pipeline.training.processes import Patience, Processes, is_lost, joined, were_told
 from pipeline.update import run_update
@@ -167,21 +168,12 @@ class _Neighbours:
         """Which of them are gone; None where none is, as far as can be seen."""
         deadline, host = time.monotonic() + wait_seconds, socket.gethostname()
         while True:
-            gone = [f"process {rank} (pid {p})" for rank, (on, p) in enumerate(self._places) if on == host and not _lives(p)]
+            gone = [f"process {rank} (pid {p})" for rank, (on, p) in enumerate(self._places) if on == host and not lives(p)]
             if gone:
                 return f"of {len(self._places)} processes {', '.join(gone)} ended; torchrun says how"
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    """False for a process that has ended, even if its parent has not asked for its exit code yet."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in ("Z", "X")
 
 
 @contextmanager

@@ -117,8 +117,10 @@ def run_update(
             "check the data", lambda: processes.from_first(lambda: _check(state, rows, window, config, spec, history))
         )
         if seen.alarms and config.alarms.action == "hold":
+            if not processes.is_first:
+                return None
             report = describe_suspicious(config, spec, window, state, seen, stages.seconds)
-            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now, processes))
+            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
         before, frozen = stages.run("evaluate before learning", lambda: evaluate_before(state, rows, config, spec, deadline))
         champion_H = stages.run(
             "predict as the champion", lambda: champion_probabilities(state, rows, config, spec, window.start)
@@ -128,9 +130,11 @@ def run_update(
         state, verdict = stages.run("judge", lambda: _judge(state, rows, champion_H, learned, config, history))
         scores, enforced = Scores(before, after, frozen), config.gate.action == "enforce"
         if enforced and verdict and verdict.decision == "reject":
+            if not processes.is_first:
+                return None
             report = describe(config, spec, window, state, rows, learned, plan, scores, stages.seconds)
             report = replace(as_rejected(report, state), profile=seen.profile, gate=verdict)
-            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now, processes))
+            return stages.run("hold aside", lambda: _hold_aside(config, window, report, now))
         on_hold = verdict.decision == "hold" if verdict else state.serving is not None
         published = not (enforced and on_hold)
 
@@ -236,14 +240,7 @@ def _check(
     return Checked(profile=profile, alarms=alarms)
 
 
-def _hold_aside(
-    config: UpdateConfig, window: Window, report: UpdateReport, now: datetime, processes: Processes
-) -> UpdateReport | None:
-    """The report of the window that was held aside; None in all processes but the first."""
-    return _held_aside(config, window, report, now) if processes.is_first else None
-
-
-def _held_aside(config: UpdateConfig, window: Window, report: UpdateReport, now: datetime) -> UpdateReport:
+def _hold_aside(config: UpdateConfig, window: Window, report: UpdateReport, now: datetime) -> UpdateReport:
     """Holds the window aside; the model that serves and what it has consumed stay as they are, and rows that an earlier window
     left wait on.
 

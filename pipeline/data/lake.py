@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -102,6 +102,11 @@ class RowRange:
     file: LogFile
     start: int
     stop: int
+
+    @classmethod
+    def whole(cls, file: LogFile) -> "RowRange":
+        """All rows of a file."""
+        return cls(file=file, start=0, stop=file.num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -364,7 +369,7 @@ class ClickLog(_DeltaLog):
 
     def keys_of(self, files: Sequence[LogFile]) -> U64:
         """Event keys of all rows of `files`."""
-        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in files]
+        ranges = [RowRange.whole(file) for file in files]
         keys = self.read(ranges, ["event_key"]).column("event_key")
         return keys.to_numpy().view(np.uint64) if len(keys) else np.empty(0, np.uint64)
 
@@ -385,6 +390,14 @@ class ClickLog(_DeltaLog):
             for range_, table in zip(ranges, ahead, strict=True)
         ]
         return pa.concat_tables(parts) if parts else self._empty(columns)
+
+    def read_parts(self, parts: Iterable[tuple[RowRange, npt.NDArray[np.bool_] | None]], columns: Sequence[str]) -> pa.Table:
+        """As `read`, of each range only the rows that its mask has; None: all of them."""
+        tables = [self.read([], columns)]
+        for rows, mask in parts:
+            table = self.read([rows], columns)
+            tables.append(table if mask is None else table.filter(pa.array(mask)))
+        return pa.concat_tables(tables[1:] or tables)
 
     def _taken_ahead(self, wanted: RowRange, columns: Sequence[str]) -> pa.Table | None:
         table = self.read_ahead.take(self._root / wanted.file.path, columns) if self.read_ahead else None

@@ -171,7 +171,7 @@ def _replace(log: ClickLog, hour: int, rows: pa.Table, source: str) -> tuple[int
 
 
 def _rows_of(log: ClickLog, files: list[LogFile]) -> pa.Table:
-    ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in files]
+    ranges = [RowRange.whole(file) for file in files]
     return log.read(ranges, log.schema.names).cast(log.schema)
 
 

@@ -43,7 +43,7 @@ def read_examples(log: ClickLog, pieces: Sequence[Piece], spec: DatasetSpec, pro
     columns = columns_to_read(spec)
     wanted = columns if spec.clicks is None else [*columns, "is_click", "event_key"]
     own = own_share(log, pieces, processes)
-    table = pa.concat_tables([_rows(log, part, wanted) for part in own] or [log.read([], wanted)])
+    table = log.read_parts(((part.rows, part.mask) for part in own), wanted)
     num_rows = processes.total(table.num_rows)
     if num_rows != sum(piece.num_rows for piece in pieces):
         raise DataError(
@@ -76,7 +76,7 @@ class Part:
 def own_share(log: ClickLog, pieces: Sequence[Piece], processes: Processes) -> list[Part]:
     """This process's row groups of some pieces: consecutive ones, about as many rows as in every other process."""
     if processes.count == 1:
-        return [Part(rows=RowRange(file=piece.file, start=0, stop=piece.file.num_rows), mask=piece.mask) for piece in pieces]
+        return [Part(rows=RowRange.whole(piece.file), mask=piece.mask) for piece in pieces]
     parts = [part for piece in pieces for part in _parts(log, piece)]
     owner = owners([part.num_rows for part in parts], processes.count)
     return [part for part, rank in zip(parts, owner, strict=True) if rank == processes.rank]
@@ -107,11 +107,6 @@ def _parts(log: ClickLog, piece: Piece) -> Iterator[Part]:
         mask = None if piece.mask is None else piece.mask[rows.start : rows.stop]
         if mask is None or mask.any():
             yield Part(rows=rows, mask=mask)
-
-
-def _rows(log: ClickLog, part: Part, columns: Sequence[str]) -> pa.Table:
-    table = log.read([part.rows], columns)
-    return table if part.mask is None else table.filter(pa.array(part.mask))
 
 
 def _gathered(own: Examples, spec: DatasetSpec, processes: Processes) -> Examples:

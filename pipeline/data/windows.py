@@ -234,11 +234,7 @@ def read_window(log: ClickLog, window: Window, columns: Sequence[str]) -> pa.Tab
 
 def read_pieces(log: ClickLog, pieces: Iterable[Piece], columns: Sequence[str]) -> pa.Table:
     """The rows of `pieces`, in order."""
-    tables = [log.read([], columns)]
-    for piece in pieces:
-        table = log.read([RowRange(file=piece.file, start=0, stop=piece.file.num_rows)], columns)
-        tables.append(table if piece.mask is None else table.filter(pa.array(piece.mask)))
-    return pa.concat_tables(tables[1:] or tables)
+    return log.read_parts(((RowRange.whole(piece.file), piece.mask) for piece in pieces), columns)
 
 
 def as_time(hours_since_epoch: int) -> datetime:

@@ -311,9 +311,11 @@ def log_losses(clicked_R: npt.NDArray[np.bool_], probabilities_R: F32) -> npt.ND
     return losses_R
 
 
-def log_odds(probabilities_R: F32) -> npt.NDArray[np.float64]:
-    """`[R]` log of p / (1 - p); probabilities are kept `LEAST_PROBABILITY` away from 0 and 1."""
-    clipped_R = np.clip(probabilities_R.astype(np.float64), LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+def log_odds(
+    probabilities_R: F32, within: tuple[float, float] = (LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+) -> npt.NDArray[np.float64]:
+    """`[R]` log of p / (1 - p); probabilities beyond `within` are taken for its ends."""
+    clipped_R = np.clip(probabilities_R.astype(np.float64), *within)
     odds_R: npt.NDArray[np.float64] = np.log(clipped_R / (1 - clipped_R))
     return odds_R
 

@@ -22,6 +22,7 @@ from pipeline.lab.problems import Clicks, clicks, held_out_auc, log_loss, new_le
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.learner import Arithmetic, Learner
+from pipeline.training.room import kept_bytes
 
 DTYPES: Mapping[Arithmetic, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = 65536.0
@@ -171,25 +172,6 @@ def saved_bytes(learner: Learner, data: Clicks, *, rows: int) -> int:
     weights = {parameter.untyped_storage().data_ptr() for parameter in learner.model.net.parameters()}
     with learner.autocast():
         return kept_bytes(lambda: learner.model.net(deep_BS, wide_BW, chunk.batch.dense_BN), without=weights)
-
-
-def kept_bytes(forward: Callable[[], torch.Tensor], *, without: set[int]) -> int:
-    """Bytes of the different storages that autograd keeps of `forward`.
-
-    Args:
-        without: addresses of storages that are not counted.
-    """
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in without:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(size for size, _ in kept.values())
 
 
 def sentence(

@@ -67,14 +67,11 @@ def publish_update(
     if report.rows_learned == 0:
         notes = (*notes, "no row was learned in time: the champion in the registry stays as it is")
         return (*notes, *_without_forgotten_challenger(config, report, reached=True))
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        export_predictor(saved, spec, config.model, folder, table_precision=config.serving.table_precision)
-        try:
-            register_model(config, report, folder, example, example_probabilities)
-        except TrackingUnavailable as error:
-            log.warning("the model was not registered: %s", error)
-            return (*notes, f"the model was not registered ({error}); the next update registers its own")
+    try:
+        _register(config, spec, saved, report, example, example_probabilities)
+    except TrackingUnavailable as error:
+        log.warning("the model was not registered: %s", error)
+        return (*notes, f"the model was not registered ({error}); the next update registers its own")
     return notes
 
 
@@ -98,14 +95,25 @@ def register_serving(config: UpdateConfig, spec: DatasetSpec, report: UpdateRepo
         saved = restore_version(config, spec, report.version)
         with saved.learner.averaged():
             probabilities = predictor_of(saved, spec).predict_examples(examples)
-        with TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
-            export_predictor(saved, spec, config.model, folder, table_precision=config.serving.table_precision)
-            register_model(config, report, folder, frame, probabilities)
+        _register(config, spec, saved, report, frame, probabilities)
     except (TidemarkError, OSError) as error:
         log.warning("version %d was not registered: %s", report.version, error)
         return (f"version {report.version} serves and was not registered ({error}); the next update registers its own",)
     return ()
+
+
+def _register(
+    config: UpdateConfig,
+    spec: DatasetSpec,
+    saved: ModelState,
+    report: UpdateReport,
+    example: pd.DataFrame,
+    example_probabilities: F32,
+) -> None:
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        export_predictor(saved, spec, config.model, folder, table_precision=config.serving.table_precision)
+        register_model(config, report, folder, example, example_probabilities)
 
 
 def _without_forgotten_challenger(config: UpdateConfig, report: UpdateReport, *, reached: bool) -> tuple[str, ...]:

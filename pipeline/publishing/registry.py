@@ -17,6 +17,7 @@ import pandas as pd
 
 from data_schemas.errors import CheckpointError, TidemarkError, TrackingUnavailable
 from pipeline.config import TablePrecision, UpdateConfig
+from pipeline.evaluation.metrics import log_odds
 from pipeline.outcome import UpdateReport
 from pipeline.publishing.report import verdict
 from pipeline.publishing.tracking import UPDATE_TAG, find_run, open_experiment, quiet_mlflow, update_id
@@ -227,7 +228,7 @@ def _check_served(folder: Path, example: pd.DataFrame, expected_R: npt.NDArray[n
     served_R = np.asarray(mlflow.pyfunc.load_model(str(folder)).predict(example))
     if served_R.shape != np.shape(expected_R):
         raise CheckpointError(f"the model answers {served_R.shape} for an example of {np.shape(expected_R)}; not registered")
-    differences_R = np.abs(_log_odds(served_R) - _log_odds(np.asarray(expected_R)))
+    differences_R = np.abs(log_odds(served_R, _TOLD_APART) - log_odds(np.asarray(expected_R), _TOLD_APART))
     worst = int(np.argmax(differences_R))  # the first NaN, if there is one
     if not differences_R[worst] <= _TOLERANCE[precision]:
         way_out = "Compare the predictor's folder with the checkpoint"
@@ -237,12 +238,6 @@ def _check_served(folder: Path, example: pd.DataFrame, expected_R: npt.NDArray[n
             f"example rows differ by up to {differences_R[worst]:.2g}, {_TOLERANCE[precision]:.2g} is allowed with tables in "
             f"{precision}; it was not registered, and the champion stays. {way_out}"
         )
-
-
-def _log_odds(probabilities_R: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    clipped_R = np.clip(probabilities_R.astype(np.float64), *_TOLD_APART)
-    log_odds_R: npt.NDArray[np.float64] = np.log(clipped_R) - np.log1p(-clipped_R)
-    return log_odds_R
 
 
 def _finish(client: "MlflowClient", logged: Any, run_id: str | None) -> None:

@@ -28,19 +28,15 @@ _ROWS_OF = "rows of "
 
 def whole_files(slices: Iterable[TableSlice]) -> Iterator[dict[str, torch.Tensor]]:
     """What each file holds, blocks of rows of the live storage; none where there is no slice."""
-    file: dict[str, torch.Tensor] = {}
-    size = 0
-    for piece in slices:
-        rows = max(FILE_BYTES // max(piece.tensor[:1].nbytes, 1), 1)
-        for start in range(0, len(piece.tensor), rows):
-            block = piece.tensor[start : start + rows]
-            if file and size + block.nbytes > FILE_BYTES:
-                yield file
-                file, size = {}, 0
-            file[f"{piece.name}@{piece.row + start},{piece.column}"] = block
-            size += block.nbytes
-    if file:
-        yield file
+
+    def blocks() -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        for piece in slices:
+            rows = max(FILE_BYTES // max(piece.tensor[:1].nbytes, 1), 1)
+            for start in range(0, len(piece.tensor), rows):
+                block = piece.tensor[start : start + rows]
+                yield block.nbytes, {f"{piece.name}@{piece.row + start},{piece.column}": block}
+
+    return _packed(blocks())
 
 
 def changed_bytes(slices: Iterable[TableSlice], changed: Mapping[str, I64]) -> int:
@@ -61,23 +57,19 @@ def changed_files(slices: Iterable[TableSlice], changed: Mapping[str, I64]) -> I
         slices: rectangles of a process.
         changed: by table, the rows of all of it that changed, rising.
     """
-    file: dict[str, torch.Tensor] = {}
-    size = 0
-    for pieces in _side_by_side(slices):
-        first, height, bytes_a_row = pieces[0], len(pieces[0].tensor), _bytes_a_row(pieces)
-        rows, at_once = first.rows_inside(changed[first.table]), max(FILE_BYTES // bytes_a_row, 1)
-        for start in range(0, len(rows), at_once):
-            block = rows[start : start + at_once]
-            if file and size + len(block) * bytes_a_row > FILE_BYTES:
-                yield file
-                file, size = {}, 0
-            file[f"{_ROWS_OF}{first.table}@{first.row}+{height}"] = torch.from_numpy(block)
-            own = torch.from_numpy(block - first.row).to(first.tensor.device)
-            for piece in pieces:
-                file[f"{piece.name}@{piece.row},{piece.column}+{height}"] = piece.tensor[own].cpu()
-            size += len(block) * bytes_a_row
-    if file:
-        yield file
+
+    def blocks() -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        for pieces in _side_by_side(slices):
+            first, height, bytes_a_row = pieces[0], len(pieces[0].tensor), _bytes_a_row(pieces)
+            rows, at_once = first.rows_inside(changed[first.table]), max(FILE_BYTES // bytes_a_row, 1)
+            for start in range(0, len(rows), at_once):
+                block = rows[start : start + at_once]
+                own = first.own_rows(block)
+                tensors = {f"{piece.name}@{piece.row},{piece.column}+{height}": piece.tensor[own].cpu() for piece in pieces}
+                numbers = {f"{_ROWS_OF}{first.table}@{first.row}+{height}": torch.from_numpy(block)}
+                yield len(block) * bytes_a_row, numbers | tensors
+
+    return _packed(blocks())
 
 
 def read_whole(path: Path, *filling: Filling) -> None:
@@ -109,6 +101,20 @@ def read_changed(path: Path, changed: Mapping[str, ChangedRows], *filling: Filli
         rows: I64 = file[f"{_ROWS_OF}{table}@{row}+{height}"].numpy()
         for each in filling:
             each.put(name, rows, int(column), tensor)
+
+
+def _packed(blocks: Iterable[tuple[int, dict[str, torch.Tensor]]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Blocks, each with its bytes, in files of at most `FILE_BYTES`, unless a single one is larger."""
+    file: dict[str, torch.Tensor] = {}
+    size = 0
+    for block_bytes, tensors in blocks:
+        if file and size + block_bytes > FILE_BYTES:
+            yield file
+            file, size = {}, 0
+        file |= tensors
+        size += block_bytes
+    if file:
+        yield file
 
 
 def _side_by_side(slices: Iterable[TableSlice]) -> list[list[TableSlice]]:

@@ -185,13 +185,7 @@ class Learner:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of the dense network."""
-        match self.precision:
-            case "fp32":
-                return nullcontext()
-            case "bf16":
-                return torch.autocast(self.device.type, dtype=torch.bfloat16)
-            case "fp16":
-                return torch.autocast(self.device.type, dtype=torch.float16)
+        return autocast(self.precision, self.device)
 
     def dense_weights(self, *, averaged: bool) -> dict[str, torch.Tensor]:
         """The dense weights; their moving average where there is one and it is asked for."""
@@ -371,6 +365,17 @@ class Learner:
                 "stay waiting. Lower training.dense_learning_rate or training.sparse_learning_rate, or bound the numeric "
                 "features in the data set's TOML"
             )
+
+
+def autocast(precision: Arithmetic, device: torch.device) -> AbstractContextManager[object]:
+    """Inside, a network computes in this arithmetic."""
+    match precision:
+        case "fp32":
+            return nullcontext()
+        case "bf16":
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        case "fp16":
+            return torch.autocast(device.type, dtype=torch.float16)
 
 
 class Chunk:

@@ -15,16 +15,14 @@ import torch
 
 from models.ctr import DenseNet
 from pipeline.config import MICRO_BATCH_SIZES, TrainingConfig
-from pipeline.training.learner import Arithmetic
-from pipeline.training.room import free_bytes, tells_of_memory
+from pipeline.training.learner import Arithmetic, autocast
+from pipeline.training.room import free_bytes, kept_bytes, tells_of_memory
 
 ROUNDS = 5
 WORTH_GROWING = 0.03
 """Share of the seconds a row by which a larger micro-batch has to be faster than the smallest that is as fast as any."""
 MEMORY_SHARE = 0.25
 """Of the memory that is free, which what a micro-batch keeps for its backward pass may take."""
-
-DTYPES: dict[Arithmetic, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,23 +124,15 @@ class _Probe:
 
     def bytes_a_row(self, rows: int) -> float:
         """That a pass in fp32 keeps between forward and backward, beside the weights."""
-        kept: dict[int, int] = {}
         weights = {parameter.untyped_storage().data_ptr() for parameter in self._net.parameters()}
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self._pass("fp32", rows)
-        return max(sum(kept.values()) / rows, 4.0 * sum(self._widths))
+        return max(kept_bytes(lambda: self._logits("fp32", rows), without=weights) / rows, 4.0 * sum(self._widths))
 
     def _pass(self, precision: Arithmetic, rows: int) -> None:
-        deep_BS, wide_BW, dense_BN = (torch.zeros(rows, width, device=self._device) for width in self._widths)
-        dtype = DTYPES[precision]
-        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
-            logits_B = self._net(deep_BS.requires_grad_(), wide_BW, dense_BN)
-        logits_B.sum().backward()
+        self._logits(precision, rows).sum().backward()
         self._net.zero_grad()
+
+    def _logits(self, precision: Arithmetic, rows: int) -> torch.Tensor:
+        deep_BS, wide_BW, dense_BN = (torch.zeros(rows, width, device=self._device) for width in self._widths)
+        with autocast(precision, self._device):
+            logits_B: torch.Tensor = self._net(deep_BS.requires_grad_(), wide_BW, dense_BN)
+        return logits_B

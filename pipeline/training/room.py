@@ -1,12 +1,13 @@
 """Room in memory: how much there is, and what is said where it does not suffice.
 
-Enters: a device, or an error. Leaves: bytes that are free; whether it tells of memory; an `OutOfMemory` with the way out.
+Enters: a device, a forward pass, or an error. Leaves: bytes that are free, or kept; whether it tells of memory; an
+`OutOfMemory` with the way out.
 """
 
 from __future__ import annotations  # torch, which takes seconds to import, is named in a signature alone
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,27 @@ def free_bytes(device: torch.device) -> int:
 def tells_of_memory(error: BaseException) -> bool:
     """Whether it was raised because memory did not suffice, of a GPU or of the machine."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in LACKING))
+
+
+def kept_bytes(forward: Callable[[], object], *, without: set[int]) -> int:
+    """Bytes of the different storages that autograd keeps of `forward` for a backward pass.
+
+    Args:
+        without: addresses of storages that are not counted.
+    """
+    import torch
+
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in without:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(size for size, _ in kept.values())
 
 
 @contextmanager

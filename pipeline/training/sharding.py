@@ -27,7 +27,8 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import ConfigError
-from models.embeddings import EmbeddingTables, SparseOptimizer, Unfilled
+from models.embeddings import WIDE_DIM, EmbeddingTables, SparseOptimizer, Unfilled
+from models.tables import TableLayout
 from pipeline.config import Sharding
 from pipeline.training.processes import Processes
 from pipeline.training.room import free_bytes
@@ -46,6 +47,7 @@ def spread_tables(
     processes: Processes,
     device: torch.device,
     *,
+    layout: TableLayout,
     sharding: Sharding,
     sparse_optimizer: SparseOptimizer,
     seed: int,
@@ -59,18 +61,17 @@ def spread_tables(
         make: the tables whole, on a device; on `meta` they take no memory.
         processes: that share them.
         device: of each.
+        layout: of the tables.
         sharding: how.
         sparse_optimizer: of the embeddings.
-        seed: of the first weights.
+        seed: of the first weights, with which torch's generator begins.
         new: whether the first weights count; not, where they are about to be loaded.
 
     Raises:
         ConfigError: the tables do not fit into memory, or cannot be cut so.
     """
     if processes.count == 1 or sharding == "data_parallel":
-        whole = make(torch.device("meta"))
-        _require_room([_Need(name, size) for name, size in _bytes_of(whole, sparse_optimizer)], processes, device)
-        torch.manual_seed(seed)
+        _require_room(list(_whole_needs(layout, sparse_optimizer)), processes, device)
         with nullcontext() if new else Unfilled():
             tables = make(device)
         if processes.count > 1:
@@ -85,7 +86,7 @@ def spread_tables(
     set_gradient_division(False)
     tables, sharder = make(torch.device("meta")), _Sharder()
     plan = _plan(tables, sharder, processes, device, sharding)
-    _require_room(list(_needs(plan, tables, processes.rank, sparse_optimizer)), processes, device)
+    _require_room(list(_needs(plan, processes.rank, sparse_optimizer)), processes, device)
     parallel = DistributedModelParallel(tables, device=device, plan=plan, sharders=[sharder], init_data_parallel=False)
     spread: EmbeddingTables = parallel.module
     spread.lie_on(device)
@@ -140,24 +141,28 @@ class _Need:
     bytes: int
 
 
-def _needs(plan: ShardingPlan, tables: EmbeddingTables, rank: int, sparse_optimizer: SparseOptimizer) -> Iterator[_Need]:
-    """Of a process's parts: weights and accumulators."""
+def _needs(plan: ShardingPlan, rank: int, sparse_optimizer: SparseOptimizer) -> Iterator[_Need]:
+    """Of a process's parts."""
     for part, of in plan.plan.items():
         for name, parameter in of.items():
             for shard in parameter.sharding_spec.shards:
                 if shard.placement.rank() == rank:
                     rows, columns = shard.shard_sizes
-                    by_row = sparse_optimizer == "rowwise_adagrad" and part == "deep"
-                    yield _Need(name, FLOAT_BYTES * rows * (columns + (1 if by_row else columns)))
+                    yield _need(name, part, rows, columns, sparse_optimizer)
 
 
-def _bytes_of(tables: EmbeddingTables, sparse_optimizer: SparseOptimizer) -> Iterator[tuple[str, int]]:
-    """By table, whole."""
-    for part, collection in (("deep", tables.deep), ("wide", tables.wide)):
-        for config in collection.embedding_bag_configs():
-            by_row = sparse_optimizer == "rowwise_adagrad" and part == "deep"
-            columns = config.embedding_dim + (1 if by_row else config.embedding_dim)
-            yield config.name, FLOAT_BYTES * config.num_embeddings * columns
+def _whole_needs(layout: TableLayout, sparse_optimizer: SparseOptimizer) -> Iterator[_Need]:
+    """Of all tables."""
+    for table in layout.deep:
+        yield _need(f"deep_{table.name}", "deep", table.rows, table.dim, sparse_optimizer)
+    for table in layout.wide:
+        yield _need(f"wide_{table.name}", "wide", table.rows, WIDE_DIM, sparse_optimizer)
+
+
+def _need(name: str, part: str, rows: int, columns: int, sparse_optimizer: SparseOptimizer) -> _Need:
+    """Weights and accumulators."""
+    sums = 1 if sparse_optimizer == "rowwise_adagrad" and part == "deep" else columns
+    return _Need(name, FLOAT_BYTES * rows * (columns + sums))
 
 
 def _require_room(needs: list[_Need], processes: Processes, device: torch.device) -> None:

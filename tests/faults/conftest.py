@@ -80,7 +80,7 @@ class Place:
 
     def rows(self) -> list[dict[str, Any]]:
         """Of the click log, in an order that does not depend on how they came."""
-        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in self.log.files()]
+        ranges = [RowRange.whole(file) for file in self.log.files()]
         return sorted(self.log.read(ranges, self.log.schema.names).to_pylist(), key=str)
 
     def orphans(self) -> set[str]:

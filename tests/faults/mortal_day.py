@@ -222,7 +222,7 @@ def _arrive(folder: Path, number: int) -> None:
 def _log(config: UpdateConfig, spec: DatasetSpec) -> dict[str, Any]:
     log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
     files = log.files()
-    table = log.read([RowRange(file=file, start=0, stop=file.num_rows) for file in files], log.schema.names)
+    table = log.read([RowRange.whole(file) for file in files], log.schema.names)
     keys = table.column("event_key").to_pylist()
     bad = [(Path(row["file"]).name, row["row"], row["reason"]) for row in quarantine.rows().to_pylist()]
     return {

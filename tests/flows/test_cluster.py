@@ -62,7 +62,7 @@ class Place:
         """By hour, in the order in which a window has them."""
         found: dict[int, list[dict[str, Any]]] = {}
         for file in self.log.files():
-            part = self.log.read([RowRange(file=file, start=0, stop=file.num_rows)], self.log.schema.names)
+            part = self.log.read([RowRange.whole(file)], self.log.schema.names)
             found.setdefault(file.hour, []).extend(part.to_pylist())
         return found
 

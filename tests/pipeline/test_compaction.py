@@ -214,5 +214,5 @@ def _learn(
 
 def _keys_of(log: ClickLog, piece: Piece) -> list[int]:
     (active,) = [file for file in log.files() if file.path == piece.file.path]
-    table = log.read([RowRange(file=active, start=0, stop=active.num_rows)], ["event_key"])
+    table = log.read([RowRange.whole(active)], ["event_key"])
     return [int(key) for key in table.column("event_key").to_numpy()[piece.rows]]

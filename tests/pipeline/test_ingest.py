@@ -58,7 +58,7 @@ class Place:
         (self.landing / name).write_bytes(content)
 
     def table(self) -> list[dict[str, Any]]:
-        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in self.log.files()]
+        ranges = [RowRange.whole(file) for file in self.log.files()]
         names = [name for name in self.log.schema.names if name != "event_key"]
         rows = self.log.read(ranges, names).to_pylist()
         return sorted(rows, key=lambda row: json.dumps(row, default=str))
@@ -497,7 +497,7 @@ def test_files_of_one_name_in_several_folders_are_read_in_the_same_order_whereve
             (place.landing / f"host-{folder}").mkdir()
             place.arrive(f"host-{folder}/clicks.csv", as_csv([event(0, event_id=f"of {folder}", price=folder)]))
         place.ingest()
-        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in place.log.files()]
+        ranges = [RowRange.whole(file) for file in place.log.files()]
         orders.append(place.log.read(ranges, ["price"]).column("price").to_pylist())
     assert sorted(orders[0]) == list(range(6))
     assert orders[1:] == [orders[0]] * 3

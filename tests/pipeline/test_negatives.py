@@ -119,7 +119,7 @@ def _hours_of(log: ClickLog, config: UpdateConfig) -> list[Examples]:
     from pipeline.data.loader import columns_to_read
 
     spec = load_spec(config.dataset)
-    ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in log.files()]
+    ranges = [RowRange.whole(file) for file in log.files()]
     return [to_examples(log.read([each], columns_to_read(spec)), spec) for each in ranges]
 
 

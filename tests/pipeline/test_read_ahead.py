@@ -46,10 +46,7 @@ def log(tmp_path: Path) -> ClickLog:
 
 def reads(log: ClickLog, files: list[LogFile]) -> dict[Key, Callable[[], pa.Table]]:
     other = ClickLog.open_or_create(log.root, SPEC)
-    return {
-        (log.root / file.path, tuple(COLUMNS)): partial(other.read, [RowRange(file=file, start=0, stop=file.num_rows)], COLUMNS)
-        for file in files
-    }
+    return {(log.root / file.path, tuple(COLUMNS)): partial(other.read, [RowRange.whole(file)], COLUMNS) for file in files}
 
 
 def after_reading(read_ahead: ReadAhead) -> None:

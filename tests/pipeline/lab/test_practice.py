@@ -23,11 +23,12 @@ from pipeline.lab.escape import expected_share, share_that_left, temperature
 from pipeline.lab.gradient_accumulation import EQUAL, distance_of, distance_of_pipeline
 from pipeline.lab.large_batch_rules import RULES, aucs
 from pipeline.lab.many_nets import ManyNets, descend, log_losses, shuffled
-from pipeline.lab.mixed_precision import kept_bytes, lost_share, row_gradients
+from pipeline.lab.mixed_precision import lost_share, row_gradients
 from pipeline.lab.normalisation import deviation_of_means, expected_deviation
 from pipeline.lab.power_of_two import excess
 from pipeline.lab.problems import LinearRegression, NoisyQuadratic, TwoBasins, clicks
 from pipeline.lab.replacement import DRAWINGS, doubled_losses, floor, least_squares, log_slope, orders, together_distance
+from pipeline.training.room import kept_bytes
 
 DATA = clicks(512)
 RATE = 0.3
