@@ -93,7 +93,7 @@ def hours_of(landing: str, spec: DatasetSpec, folder: Path) -> Iterator[tuple[in
     ingest_landing(landing, log, Quarantine.open_or_create(folder / "quarantine"), spec, now=datetime.now(UTC))
     by_hour: dict[int, list[RowRange]] = {}
     for file in log.files():
-        by_hour.setdefault(file.hour, []).append(RowRange(file=file, start=0, stop=file.num_rows))
+        by_hour.setdefault(file.hour, []).append(RowRange.whole(file))
     for hour, ranges in sorted(by_hour.items()):
         yield hour, to_examples(log.read(ranges, columns_to_read(spec)), spec)
 

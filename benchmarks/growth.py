@@ -41,6 +41,7 @@ from models.changed_rows import ChangedRows
 from pipeline.config import UpdateConfig, load_config
 from pipeline.data.lake import ClickLog
 from pipeline.publishing.checkpoint import read_manifest
+from pipeline.training.room import free_bytes
 from pipeline.update import run_update
 
 TOML = """
@@ -269,9 +270,7 @@ def _median(work: Callable[[], object]) -> float:
 def _what_lacks(folder: Path, ids: int, dim: int) -> str | None:
     """What is not free for a table of so many ids; None where all is."""
     memory, disk = GIB + round(1.15 * ids * (4 * dim + 4 + 2 * 16 + 1)), GIB + 2 * ids * (4 * dim + 4 + 8)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    (free,) = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
-    room = shutil.disk_usage(folder).free
+    free, room = free_bytes(torch.device("cpu")), shutil.disk_usage(folder).free
     if memory > free:
         return f"needs {memory / GIB:.1f} GiB of memory, {free / GIB:.1f} are free"
     return f"needs {disk / GIB:.1f} GiB of disk, {room / GIB:.1f} are free" if disk > room else None

@@ -135,7 +135,7 @@ def _draw_ids(feature: Categorical, count: int, num_rows: int, rng: np.random.Ge
 def _load(log: ClickLog, spec: DatasetSpec, order_R: I64, watch: _Stopwatch) -> None:
     with watch.time("whole way"):
         with watch.time("read and verify"):
-            ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in log.files()]
+            ranges = [RowRange.whole(file) for file in log.files()]
             table = log.read(ranges, columns_to_read(spec))
         with watch.time("hash ids"):
             examples = to_examples(table, spec)

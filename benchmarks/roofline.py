@@ -29,7 +29,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
-from throughput import FEATURES, FILE_ROWS, HIDDEN, Ours, write_click_log
+from throughput import FEATURES, FILE_ROWS, HIDDEN, Ours, wait_for, write_click_log
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_schemas.examples import Examples
@@ -89,7 +89,7 @@ def main() -> None:
         log, spec, files = write_click_log(Path(folder), 16)
         settings = [f"training.precision={options.precision}"]
         ours = Ours(log, spec, options.model, options.batch, hidden=HIDDEN, settings=settings)
-        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in log.files()[:FILES]]
+        ranges = [RowRange.whole(file) for file in log.files()[:FILES]]
         rows, scale = FILES * FILE_ROWS, options.batch / (FILES * FILE_ROWS)
         read_seconds, table = _median(lambda: log.read(ranges, columns_to_read(spec)), options.repetitions, device)
         encode_seconds, (_, window) = _median(lambda: _encoded(table, ours), options.repetitions, device)
@@ -191,8 +191,7 @@ class _Clock:
 
     def lap(self) -> float:
         """Seconds since the last one."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self._device)
         before, self.lap_from = self.lap_from, time.perf_counter()
         return self.lap_from - before
 

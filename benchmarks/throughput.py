@@ -190,7 +190,7 @@ class Ours:
 
     def _window(self, files: Sequence[Path]) -> EncodedWindow:
         chosen = [self._files[path] for path in files]
-        ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in chosen]
+        ranges = [RowRange.whole(file) for file in chosen]
         examples = to_examples(self._log.read(ranges, columns_to_read(self.spec)), self.spec)
         return encode(examples, self.spec, Memory(self.spec), None, hour=0)
 
@@ -278,15 +278,16 @@ def _lap(lap: Laps, files: Sequence[Path], device: torch.device) -> float:
     chosen = [files[number % (NUM_FILES - 1)] for number in range(start, start + lap.files_a_lap)]
     if isinstance(lap.contender, VowpalWabbitText):
         lap.contender.prepare(chosen)
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     lap.contender.learn(chosen)
-    _wait(device)
+    wait_for(device)
     lap.rows += lap.files_a_lap * FILE_ROWS
     return time.perf_counter() - started
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until it has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

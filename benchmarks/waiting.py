@@ -12,6 +12,9 @@ waits for less than 5 % of the time. `load` reads and hashes before the first st
 so that only the window after it can be read meanwhile; `load + waited` counts all of it as waiting, encoding and counters too.
 """
 
+import flows.environment  # noqa: F401 - before prefect
+
+# isort: split
 import argparse
 import statistics
 import tempfile
@@ -28,6 +31,7 @@ import torch
 
 from data_schemas.dataset import load_spec
 from data_schemas.examples import Examples
+from flows.catching_up import reads_of
 from pipeline import update
 from pipeline.config import UpdateConfig, load_config
 from pipeline.data.encode import encode
@@ -36,6 +40,7 @@ from pipeline.data.lake import ClickLog, Quarantine, RowRange
 from pipeline.data.loader import columns_to_read, to_examples
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.synthetic import SyntheticConfig, write_landing
+from pipeline.data.windows import as_time
 from pipeline.model_state import ModelState, admit_ids, restore_or_create
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.learn import Learned, learn
@@ -82,7 +87,7 @@ def _print_passes(config: UpdateConfig, repetitions: int) -> None:
     spec = load_spec(config.dataset)
     log = ClickLog.open_or_create(config.log_path, spec)
     first = log.files()[0].hour
-    ranges = [RowRange(file=file, start=0, stop=file.num_rows) for file in log.files() if file.hour == first]
+    ranges = [RowRange.whole(file) for file in log.files() if file.hour == first]
     examples = to_examples(log.read(ranges, columns_to_read(spec)), spec)
     print(f"passes over {examples.num_rows:,} rows, {torch.get_num_threads()} threads for tensors")
     head = (
@@ -163,22 +168,12 @@ def _one_hour(way: _Way, read_ahead: ReadAhead | None, *, counts: bool) -> None:
 
 def _stage(config: UpdateConfig, read_ahead: ReadAhead | None) -> update.StageRunner:
     """As a backfill runs stages: once a window is loaded, the next one's files are read."""
-    spec = load_spec(config.dataset)
-    log, columns = ClickLog.open_or_create(config.log_path, spec), columns_to_read(spec)
 
     def stage(name: str, work: Callable[[], T]) -> T:
         done = work()
         if name == "load" and read_ahead is not None:
             coming = int(done.examples.hour_R.max()) + 1  # type: ignore[attr-defined]
-            read_ahead.expect(
-                {
-                    (log.root / file.path, tuple(columns)): partial(
-                        log.read, [RowRange(file=file, start=0, stop=file.num_rows)], columns
-                    )
-                    for file in log.files()
-                    if file.hour == coming
-                }
-            )
+            read_ahead.expect(reads_of(config, [as_time(coming)]))
         return done
 
     return stage

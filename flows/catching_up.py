@@ -150,7 +150,7 @@ def _update(
         done = run_as_task(name, work)
         if name == "load":
             try:
-                read_ahead.expect(_reads(config, coming))
+                read_ahead.expect(reads_of(config, coming))
             except DataError as error:
                 log.warning("the next window is not read ahead: %s", error)
         return done
@@ -166,7 +166,7 @@ def _update(
     )
 
 
-def _reads(config: UpdateConfig, windows: Sequence[datetime]) -> dict[Key, Callable[[], pa.Table]]:
+def reads_of(config: UpdateConfig, windows: Sequence[datetime]) -> dict[Key, Callable[[], pa.Table]]:
     """What loading these windows reads, but for rows that came late or wait: those are few."""
     spec = load_spec(config.dataset)
     log, columns = ClickLog.open_or_create(config.log_path, spec), columns_to_read(spec)
@@ -174,7 +174,7 @@ def _reads(config: UpdateConfig, windows: Sequence[datetime]) -> dict[Key, Calla
         columns += ["is_click", "event_key"]
     hours = {as_hour(start) + after for start in windows for after in range(config.window.hours)}
     return {
-        (log.root / file.path, tuple(columns)): partial(log.read, [RowRange(file=file, start=0, stop=file.num_rows)], columns)
+        (log.root / file.path, tuple(columns)): partial(log.read, [RowRange.whole(file)], columns)
         for file in log.files()
         if file.hour in hours
     }

@@ -85,7 +85,7 @@ class TestWithAServer:
         def fail(*_: object) -> None:
             raise DataError("the log is being written")
 
-        monkeypatch.setattr("flows.catching_up._reads", fail)
+        monkeypatch.setattr("flows.catching_up.reads_of", fail)
         reports = in_a_flow(lambda: catch_up(config, until=STREAM.hour_start(1), tell=lambda line: None))
         assert len(reports) == 1
         assert "the next window is not read ahead: the log is being written" in caplog.text

@@ -11,7 +11,7 @@ import torch
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import OutOfMemory
 from data_schemas.examples import Examples
-from models.ctr import build_model
+from models.ctr import CtrModel, build_model
 from models.memory import Memory
 from models.tables import table_layout
 from pipeline.config import ModelConfig, TrainingConfig
@@ -20,7 +20,7 @@ from pipeline.model_state import architecture
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.learner import Arithmetic, Learner
-from pipeline.training.precision import choose_arithmetic
+from pipeline.training.precision import Chosen, choose_arithmetic
 from pipeline.training.processes import Processes
 
 CPU = torch.device("cpu")
@@ -178,15 +178,7 @@ def test_a_size_is_chosen_that_memory_and_the_batch_have_room_for(
     small_spec: DatasetSpec, training: dict[str, Any], free_gigabytes: float, possible: set[int]
 ) -> None:
     model, config = _learner(small_spec, 64).model, TrainingConfig(**training, precision="fp32")
-    chosen = choose_arithmetic(
-        config,
-        model.net,
-        deep_width=sum(model.layout.deep_dims),
-        wide_width=len(model.layout.wide_keys),
-        num_dense=num_dense_columns(small_spec),
-        device=CPU,
-        free=lambda device: int(free_gigabytes * 2**30),
-    )
+    chosen = _chosen(config, model, small_spec, free_bytes=int(free_gigabytes * 2**30))
     assert chosen.micro_batch_size in possible
     assert chosen.precision == "fp32"
     assert bool(chosen.notes) == (len(possible) > 1)
@@ -206,12 +198,17 @@ def test_a_size_that_turns_out_not_to_fit_is_not_chosen(
         return forward(deep_BS, *others)
 
     monkeypatch.setattr(model.net, "forward", poor)
-    chosen = choose_arithmetic(
+    chosen = _chosen(config, model, small_spec, free_bytes=8 * 2**30)
+    assert chosen.micro_batch_size == 512
+
+
+def _chosen(config: TrainingConfig, model: CtrModel, spec: DatasetSpec, *, free_bytes: int) -> Chosen:
+    return choose_arithmetic(
         config,
         model.net,
         deep_width=sum(model.layout.deep_dims),
         wide_width=len(model.layout.wide_keys),
-        num_dense=num_dense_columns(small_spec),
+        num_dense=num_dense_columns(spec),
         device=CPU,
+        free=lambda device: free_bytes,
     )
-    assert chosen.micro_batch_size == 512
