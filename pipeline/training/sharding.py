@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed import collective_utils
 from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.fused_embeddingbag import FusedEmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -87,6 +88,7 @@ def spread_tables(
     tables, sharder = make(torch.device("meta")), _Sharder()
     plan = _plan(tables, sharder, processes, device, sharding)
     _require_room(list(_needs(plan, processes.rank, sparse_optimizer)), processes, device)
+    collective_utils._INITIALIZED = False  # or a process that was in a group before leaves out an exchange that new ones make
     parallel = DistributedModelParallel(tables, device=device, plan=plan, sharders=[sharder], init_data_parallel=False)
     spread: EmbeddingTables = parallel.module
     spread.lie_on(device)

@@ -77,6 +77,15 @@ def test_one_that_is_killed_between_two_updates_is_named(day: Any) -> None:
     assert len(day.updated("many", 1)) == day.hours - 1
 
 
+def test_one_process_may_begin_a_group_after_another(day: Any) -> None:
+    """torchrec keeps, for as long as a process lives, what it agreed on with a group that is gone."""
+    config = load_config(overrides=day.overrides("many", "processes.count=2"))
+    for _ in range(day.hours):
+        on_processes(config, lambda update: update(config, now=day.end))
+    day.updated("one", 1)
+    day.assert_same_numbers("many", "one")
+
+
 def test_the_first_may_be_killed_too(day: Any, tmp_path: Path) -> None:
     asked = {"overrides": day.overrides("many", "processes.count=2"), "now": day.end.isoformat()}
     asked["die"] = {"rank": 0, "attempt": 0, "step": 3}
