@@ -28,7 +28,6 @@ from rich.table import Table
 
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.examples import F32
-from pipeline.comparison.run import one_thread
 from pipeline.config import UpdateConfig, load_config
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -43,6 +42,7 @@ from pipeline.publishing.report import read_history
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.learn import learn
 from pipeline.training.step_time import StepTimeFit
+from pipeline.training.threads import torch_threads
 from pipeline.update import run_update
 
 FIRST_HOURS = 16
@@ -60,7 +60,7 @@ def main() -> None:
     logging.getLogger("pipeline").setLevel(logging.ERROR)
     found: dict[str, list[GateVerdict]] = {name: [] for name in ("as good", *BROKEN)}
     shares: list[float] = []
-    with tempfile.TemporaryDirectory() as temporary, one_thread():
+    with tempfile.TemporaryDirectory() as temporary, torch_threads(1):
         bench = _Bench(_config(Path(temporary), options.rows))
         for hour in range(FIRST_HOURS + JUDGED_HOURS):
             if hour >= FIRST_HOURS:

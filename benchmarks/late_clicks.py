@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data_schemas.dataset import DATASETS_FOLDER, load_spec
-from pipeline.comparison.run import one_thread
 from pipeline.config import UpdateConfig, load_config
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.synthetic import SyntheticConfig, SyntheticStream
 from pipeline.outcome import UpdateReport
+from pipeline.training.threads import torch_threads
 from pipeline.update import run_update
 
 F64 = npt.NDArray[np.float64]
@@ -51,7 +51,7 @@ def main() -> None:
     cli.add_argument("--seeds", type=int, default=3)
     options = cli.parse_args()
     table = Table("clicks", "clicks judged", "COPC", "AUC of the known labels", "corrected")
-    with one_thread():
+    with torch_threads(1):
         for kind in KINDS:
             results = [_measure(kind, options.hours, options.rows, seed) for seed in range(options.seeds)]
             copc = [result[1] for result in results]

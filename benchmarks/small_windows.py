@@ -23,7 +23,6 @@ from sklearn.metrics import roc_auc_score
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32
 from models.id_table import SHARED_ROW
-from pipeline.comparison.run import one_thread
 from pipeline.comparison.statistics import Estimate, mean_with_interval, paired_difference
 from pipeline.comparison.stream import RecordedWindow, recorded_stream
 from pipeline.config import UpdateConfig, overridden
@@ -32,6 +31,7 @@ from pipeline.model_state import restore_or_create
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.learn import learn
 from pipeline.training.learner import Learner
+from pipeline.training.threads import torch_threads
 
 HOURS, TENTHS = 300, 10
 CUTS = (10, 30, 100)
@@ -44,7 +44,7 @@ def main() -> None:
     cli.add_argument("--seeds", type=int, default=5)
     options = cli.parse_args()
     aucs: dict[int, list[tuple[float, float]]] = {}
-    with synthetic_stream(HOURS, options.rows_per_hour) as (config, spec, hourly), one_thread():
+    with synthetic_stream(HOURS, options.rows_per_hour) as (config, spec, hourly), torch_threads(1):
         print(f"{sum(window.num_rows for window in hourly):,} rows in {HOURS} hours, {options.seeds} seeds", flush=True)
         for windows in CUTS:
             hours = HOURS // windows

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data_schemas.dataset import DatasetSpec
-from pipeline.comparison.run import one_thread
 from pipeline.comparison.stream import RecordedWindow
 from pipeline.config import UpdateConfig, overridden
 from pipeline.model_state import restore_or_create
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
 from pipeline.training.noise_scale import MEASURE_EVERY
+from pipeline.training.threads import torch_threads
 
 F64 = npt.NDArray[np.float64]
 
@@ -57,7 +57,7 @@ def main() -> None:
     cli.add_argument("--rounds", type=int, default=100)
     options = cli.parse_args()
     batch, rows = options.batch, MEASURE_EVERY * options.batch
-    with synthetic_stream(1, max(2 * rows, 40_000)) as (config, spec, stream), one_thread():
+    with synthetic_stream(1, max(2 * rows, 40_000)) as (config, spec, stream), torch_threads(1):
         (window,) = stream
         own = overridden(config, [*BASE.split(), f"training.batch_size={batch}"])
         _show_steps(batch, _timed(own, spec, window, STEPS, options.rounds, rows=rows))

@@ -64,6 +64,7 @@ from pipeline.publishing.checkpoint import (
     versions,
 )
 from pipeline.publishing.table_files import changed_bytes, changed_files, whole_files
+from pipeline.training.choose_threads import choose_threads
 from pipeline.training.late_clicks import LateClicks
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Arithmetic, Learner
@@ -232,6 +233,7 @@ def save(
         precision=learner.precision,
         micro_batch_size=learner.micro_batch_size,
         micro_batch_halvings=tuple(learner.halvings),
+        threads=learner.threads,
         steps=learner.steps,
         average_steps={name: average.steps for name, average in (_averages(learner) | learner.sparse_step.averages()).items()},
         loss_scale=learner.scaler.state_dict(),
@@ -514,6 +516,10 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         )
     )
     training = config.training.model_copy(update={"micro_batch_size": chosen.micro_batch_size})
+    threads = choose_threads(
+        training, spec, architecture(config.model), precision=chosen.precision, device=device, processes=processes
+    )
+    training = training.model_copy(update={"threads": threads.number})
     learner = Learner(model, training, precision=chosen.precision, device=device, processes=processes)
     return ModelState(
         learner=learner,
@@ -524,7 +530,7 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         late_clicks=LateClicks.nothing(spec),
         cursor=Cursor(),
         version=0,
-        notes=chosen.notes,
+        notes=(*chosen.notes, *threads.notes),
     )
 
 
@@ -542,6 +548,8 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     if training.micro_batch_size == "auto":
         size = manifest.micro_batch_size or training.micro_batch
         training = training.model_copy(update={"micro_batch_size": size})
+    if training.threads == "auto" and manifest.threads and processes.count == 1:
+        training = training.model_copy(update={"threads": min(manifest.threads, torch.get_num_threads())})
     learner = Learner(model, training, precision=precision, device=device, processes=processes)
     if trained_on.fingerprint() != spec.fingerprint():
         dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))

@@ -31,6 +31,7 @@ from pipeline.launch import StartedProcesses, meeting_place, started, threads_of
 from pipeline.lock import lives
 from pipeline.outcome import UpdateReport
 from pipeline.training.processes import Patience, Processes, is_lost, joined, were_told
+from pipeline.training.threads import torch_threads
 from pipeline.update import run_update
 
 T = TypeVar("T")
@@ -79,7 +80,7 @@ def on_processes(config: UpdateConfig, work: Callable[[Update], T]) -> T | None:
     place, settings = meeting_place(), config.model_dump(mode="json", exclude={"alerts"})
     with (
         started("pipeline.ranks:take_part", range(1, count), count, place, {"settings": settings}, patience) as peers,
-        _sharing_cores(count),
+        torch_threads(threads_of_each(count)),
         _ended_with(peers),
         joined(patience, store=place, rank=0, count=count) as processes,
     ):
@@ -187,16 +188,6 @@ def _ended_with(peers: StartedProcesses) -> Iterator[None]:
             raise
         raise GroupFailed(f"{reason}; {WAY_OUT}") from error
     peers.wait()
-
-
-@contextmanager
-def _sharing_cores(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_of_each(count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

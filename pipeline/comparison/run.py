@@ -41,6 +41,7 @@ from pipeline.training.learn import Learned, learn
 from pipeline.training.learner import Learner
 from pipeline.training.sampling import sample_window
 from pipeline.training.step_time import StepTimeFit
+from pipeline.training.threads import torch_threads
 
 Bools = npt.NDArray[np.bool_]
 
@@ -120,7 +121,7 @@ def run_strategy(
     """
     config = overridden(config, [f"training.seed={seed}"])
     refuse_unheeded(config)
-    with one_thread():
+    with torch_threads(1):
         entrant = _Entrant(config, spec, probing, probe=stream[-1], num_windows=len(stream))
         diverged = ""
         try:
@@ -131,17 +132,6 @@ def run_strategy(
     return StrategyRun(
         strategy=strategy, seed=seed, windows=tuple(entrant.windows), probe=tuple(entrant.probe), diverged=diverged
     )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch with a single thread, so that runs can go side by side and CPU seconds mean the same in each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Entrant:

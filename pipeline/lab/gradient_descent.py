@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.comparison.run import one_thread
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, log_counts, look, name_axes
 from pipeline.lab.logistic import spaced
 from pipeline.lab.problems import Clicks, auc, batches, clicks
+from pipeline.training.threads import torch_threads
 
 Weights = list[torch.Tensor]
 """`[D, H]`, `[H]`, `[H]`, `[]`: first layer and its bias, second layer and its bias."""
@@ -51,7 +51,7 @@ def run(
         seed: of rows, weights and batches.
     """
     data = clicks(num_rows, seed=seed)
-    with one_thread():
+    with torch_threads(1):
         runs = [_best(data, size, rates, passes, least_steps, hidden, seed) for size in sizes]
     return _finding(runs, num_rows, passes)
 

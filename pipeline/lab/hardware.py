@@ -13,12 +13,12 @@ from typing import Literal, assert_never
 import numpy as np
 import torch
 
-from pipeline.comparison.run import one_thread
 from pipeline.lab.experiment import Cell, Finding, main_of
 from pipeline.lab.figures import canvas, legend, log_counts, look, name_axes
 from pipeline.lab.problems import F64, clicks, new_learner
 from pipeline.publishing.plots import BLUE
 from pipeline.training.step_time import StepTime, line_through
+from pipeline.training.threads import torch_threads
 
 Pieces = Literal["element", "column", "block", "whole"]
 PIECES: tuple[Pieces, ...] = ("element", "column", "block", "whole")
@@ -43,7 +43,7 @@ def run(
         block: columns of a block.
         seed: of the model and the numbers.
     """
-    with one_thread():
+    with torch_threads(1):
         steps = step_seconds(sizes, rounds, seed)
         products = product_seconds(matrix, block, rounds, seed)
     typical = {size: float(np.quantile(each, LOW)) for size, each in steps.items()}

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.comparison.run import one_thread
 from pipeline.lab.experiment import Cell, Finding, main_of
 from pipeline.lab.figures import GREY, canvas, legend, log_counts, look, name_axes
 from pipeline.lab.problems import F64, Clicks, NoisyQuadratic, clicks, descend, log_loss, loss_and_auc, small_net
+from pipeline.training.threads import torch_threads
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
         seed: of the rows, and the first of the runs.
     """
     data = clicks(num_rows, seed=seed)
-    with one_thread():
+    with torch_threads(1):
         ends = [
             end
             for number in range(seeds)

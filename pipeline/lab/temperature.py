@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from pipeline.comparison.run import one_thread
 from pipeline.lab.experiment import Finding, main_of
 from pipeline.lab.figures import canvas, legend, look, name_axes, tick_sizes
 from pipeline.lab.problems import F64, Clicks, clicks, descend, loss_and_auc, small_net
+from pipeline.training.threads import torch_threads
 
 
 def run(
@@ -40,7 +40,7 @@ def run(
     """
     data = clicks(num_rows, seed=seed)
     plan = {"equal lr/B": [temperature * b for b in sizes], "equal lr": [rate for _ in sizes]}
-    with one_thread():
+    with torch_threads(1):
         found = {
             kind: np.array(
                 [

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.comparison.run import one_thread
 from pipeline.lab.best_rate import one_step_law
 from pipeline.lab.data_efficiency import RATES, SIZES
 from pipeline.lab.experiment import Finding, main_of
@@ -23,6 +22,7 @@ from pipeline.lab.noise_scale import exact_noise_scale
 from pipeline.lab.problems import F64
 from pipeline.lab.targets import Hyperbola, Reached, fitted, steps_to_target
 from pipeline.training.step_time import StepTime, line_through
+from pipeline.training.threads import torch_threads
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
     usable = [each for each in reached if np.isfinite(each.steps)]
     curve = fitted({each.batch_size: each.steps for each in usable})
     rows = logistic_rows(num_rows, seed)
-    with one_thread():
+    with torch_threads(1):
         taken = {each.batch_size: step_seconds(rows, each.batch_size, timed_steps) for each in usable}
     line = line_through(taken)
     noise = mean_noise_scales(rows, target)

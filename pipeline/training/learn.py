@@ -23,6 +23,7 @@ from pipeline.training.probes import Probed, Probes
 from pipeline.training.processes import Processes
 from pipeline.training.room import memory_explained
 from pipeline.training.step_time import StepTime
+from pipeline.training.threads import torch_threads
 from sampling.mid_pass import Thinning
 from sampling.minibatches import BatchCursor
 
@@ -149,7 +150,7 @@ def learn(
     probes = _probes(learner, window, cursor, probe_rows)
     takes = _Takes(cursor, lambda: _thinning(window, seed, stratum_R))
     window = replace(window, weights_R=window.weights_R.copy())
-    with CutAhead(window, ahead=ahead) as cutting:
+    with torch_threads(learner.threads), CutAhead(window, ahead=ahead) as cutting:
         while not stopwatch.out_of_time:
             batches = _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())
             if not batches:

@@ -82,6 +82,8 @@ class Learner:
         """Steps since the model was new."""
         self.micro_batch_size = config.micro_batch
         """Rows that go through the dense network at once, as memory has allowed so far."""
+        self.threads = None if config.threads == "auto" else config.threads
+        """Of one operation while rows are learned; None: as many as torch is given."""
         self.halvings: list[tuple[int, int]] = []
         """Where memory did not suffice: steps before, and rows of a micro-batch from there on."""
         self.skipped_in_a_row = 0

@@ -31,6 +31,7 @@ from pipeline.publishing.checkpoint import current_version, load_dense, read_man
 from pipeline.publishing.predictor import Predictor, export_predictor, load_predictor
 from pipeline.publishing.report import append_history, as_markdown, read_history
 from pipeline.training.batch_size import FixedBatch
+from pipeline.training.choose_threads import ChosenThreads
 from pipeline.training.learn import learn
 from pipeline.training.processes import Processes
 from pipeline.update import run_update
@@ -159,6 +160,25 @@ def _bits(config: UpdateConfig) -> dict[str, bytes]:
 
 def _remembered(state: ModelState) -> dict[str, np.ndarray]:
     return state.memory.arrays() | state.ids.arrays() | state.replay.arrays()
+
+
+def test_a_model_keeps_the_threads_that_it_was_found_fastest_with(
+    config: UpdateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_hour(config, 0)
+    _write_hour(config, 1)
+    _ingest(config)
+    monkeypatch.setattr("pipeline.model_state.choose_threads", lambda *_, **__: ChosenThreads(number=2, notes=("two",)))
+    first = run_update(config)
+    assert first is not None
+    assert "two" in first.notes
+    monkeypatch.setattr("pipeline.model_state.choose_threads", lambda *_, **__: pytest.fail("chosen once more"))
+    second = run_update(config)
+    assert second is not None
+    assert "two" not in second.notes
+    assert read_manifest(config.model_dir, 2).threads == 1, "no more than there are"
+    asked = config.model_copy(update={"training": config.training.model_copy(update={"threads": 3})})
+    assert restore_or_create(asked, load_spec(config.dataset)).learner.threads == 3
 
 
 def test_hours_are_learned_in_order_and_the_model_gets_better(config: UpdateConfig) -> None:
