@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_schemas.errors import StoppedByFirst, TidemarkError
+from flows.collector import end_quickly, nothing_collected
 from flows.early_server import server_starting
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def run_flow(flow: "Flow[..., Any]", words: Sequence[str] | None = None, *, prog
 
     def call(*args: Any, **kwargs: Any) -> None:
         if later := flow.fn.__globals__.get("IMPORTED_LATER"):
-            with server_starting():
+            with server_starting(), nothing_collected():
                 importlib.import_module(later)
         flow(*args, **kwargs)
 
@@ -54,6 +55,7 @@ def run_command(
     command: Callable[..., Any], declared: Callable[..., Any], words: Sequence[str] | None = None, *, name: str
 ) -> int:
     """`run_flow` for any function: parameters and their help are those of `declared`, and `command` is called."""
+    end_quickly()
     app = cyclopts.App(
         name=name,
         default_command=declared,

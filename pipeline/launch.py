@@ -7,6 +7,7 @@ The environment of a process is that of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, 
 tell who started it.
 """
 
+import gc
 import importlib
 import json
 import logging
@@ -260,4 +261,6 @@ def _main(work: str, folder: Path, arguments: Mapping[str, Any], patience: Patie
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Patience(**json.loads(sys.argv[4]))))
+    code = _main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Patience(**json.loads(sys.argv[4])))
+    gc.freeze()  # a last collection of all that was imported takes seconds
+    sys.exit(code)
