@@ -20,7 +20,8 @@ KEPT = 256
 PRIOR_COUNTS = 16
 """Measurements of each size that an earlier update's line counts as."""
 REMEMBERED = 120.0
-"""Seconds of learning that they are spread over at most: less than three quarters of them lie in a stall of a minute."""
+"""Seconds of learning that they are spread over at most: less than three quarters of them lie in a stall of a minute. A size
+that was not met for so long does not tell f from d any more: it may have been met in a stall alone."""
 REFIT_EVERY = 8
 """Measurements from one fit to the next."""
 KEPT_A_SIZE = 64
@@ -81,12 +82,14 @@ class StepTimeFit:
     """The line so far."""
 
     prior: StepTime | None = None
-    """As an earlier update measured it."""
+    """As an earlier update measured it; one without a fixed cost had not told it from that of rows, and is forgotten."""
     pace: float = 1.0
     """Seconds that steps took over those of undisturbed steps, at least 1."""
     _latest: "_Spread" = field(default_factory=lambda: _Spread(KEPT))
     _by_size: dict[int, "_Spread"] = field(default_factory=dict)
     _steps_of: dict[int, int] = field(default_factory=dict)
+    _met_at: dict[int, float] = field(default_factory=dict)
+    _now: float = 0.0
     _line: StepTime | None = None
     _added: int = 0
     _took: float = PACE_MEMORY
@@ -94,16 +97,22 @@ class StepTimeFit:
     _took_in_all: float = PACE_MEMORY
     _expected_in_all: float = PACE_MEMORY
 
+    def __post_init__(self) -> None:
+        if self.prior is not None and self.prior.fixed_seconds <= 0:
+            self.prior = None
+
     def add(self, *, steps: int, rows: int, seconds: float) -> None:
         """Counts in `steps` steps over `rows` rows altogether, which took `seconds`."""
         if steps < 1 or rows < 1 or seconds <= 0:
             return
         size = rows / steps
+        self._now += seconds
         stalled = self.known and seconds > STALLED * steps * self.line.seconds(size)
         self._latest.add(size, seconds / steps, took=seconds)
         if not stalled:
             self._by_size.setdefault(round(size), _Spread(KEPT_A_SIZE)).add(size, seconds / steps, took=seconds)
             self._steps_of[round(size)] = self._steps_of.get(round(size), 0) + steps
+            self._met_at[round(size)] = self._now
         self._added += 1
         if self._added <= REFIT_EVERY or self._added % REFIT_EVERY == 0:
             self._line = None
@@ -162,8 +171,11 @@ class StepTimeFit:
         return mean, weights
 
     def _typical(self) -> dict[int, float]:
-        """Seconds by batch size, of those of which at least two steps were measured."""
-        return {size: of.low() for size, of in self._by_size.items() if self._steps_of[size] > 1}
+        """Seconds by batch size, of those of which at least two steps were measured; lately, where these or an earlier update
+        tell f from d."""
+        every = {size: of.low() for size, of in self._by_size.items() if self._steps_of[size] > 1}
+        lately = {size: low for size, low in every.items() if self._now - self._met_at[size] <= REMEMBERED}
+        return lately if self.prior is not None or _apart(lately) else every
 
     def pace_over(self, seconds: float) -> float:
         """Expected mean pace of the coming `seconds`, at least 1: today's, which returns to that of the whole pass.

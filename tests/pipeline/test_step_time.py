@@ -62,3 +62,30 @@ def test_a_single_size_without_an_earlier_update_is_not_known() -> None:
         fit.add(steps=1, rows=200, seconds=1.5)
     assert fit.known
     assert fit.line.seconds(300) == pytest.approx(2.0)
+
+
+def _steps(fit: StepTimeFit, rows: int, seconds: float, *, slower: float = 1.0) -> None:
+    took = 0.0
+    while took < seconds:
+        step = slower * TRUE.seconds(rows)
+        fit.add(steps=1, rows=rows, seconds=step)
+        took += step
+
+
+@pytest.mark.parametrize("prior", [TRUE, None])
+def test_a_size_that_was_met_in_a_stall_alone_is_forgotten(prior: StepTime | None) -> None:
+    fit = StepTimeFit(prior=prior)
+    for rows in (256, 512):
+        _steps(fit, rows, 0.5)
+    _steps(fit, 256, 20.0, slower=3.4)
+    _steps(fit, 2048, 1.0, slower=3.4)
+    for _ in range(10):
+        for rows in (256, 512):
+            _steps(fit, rows, 7.0)
+    assert fit.line.fixed_seconds == pytest.approx(TRUE.fixed_seconds, rel=0.05)
+    assert fit.line.row_seconds == pytest.approx(TRUE.row_seconds, rel=0.05)
+
+
+def test_an_earlier_line_without_a_fixed_cost_is_measured_anew() -> None:
+    assert not StepTimeFit(prior=StepTime(fixed_seconds=0.0, row_seconds=1e-5)).known
+    assert StepTimeFit(prior=TRUE).known
