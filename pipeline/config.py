@@ -635,13 +635,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         of_dataset = load_spec(_chosen_dataset(given, from_file)).settings
         _refuse_secrets({"the command line": given, "the settings file": from_file, "the data set's [settings]": of_dataset})
         _refuse_escapes(of_dataset)
-        return _layered(given, from_file, of_dataset)()
+        layered = _layered(given, from_file, of_dataset)()
     except SettingsError as error:
         raise ConfigError(
             f"environment: {error}; a list is written as JSON, such as TIDEMARK_MODEL__HIDDEN='[128, 64]'"
         ) from error
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+    return UpdateConfig.model_construct(layered.model_fields_set, **dict(layered))  # a class that other processes know as well
 
 
 def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:

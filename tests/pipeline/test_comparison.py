@@ -14,7 +14,7 @@ from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError, LearningDiverged
 from pipeline.comparison import run as running
 from pipeline.comparison.run import ProbePoint, Probing, StrategyRun, WindowRun, run_strategy
-from pipeline.comparison.side_by_side import jobs_of
+from pipeline.comparison.side_by_side import jobs_of, run_jobs
 from pipeline.comparison.statistics import holm, mean_with_interval, paired_difference
 from pipeline.comparison.strategies import REFERENCE, STRATEGIES, TOGETHER, Strategy, chosen, with_gradient_ema
 from pipeline.comparison.stream import RecordedWindow, recorded_stream
@@ -148,6 +148,16 @@ def test_a_run_is_the_same_twice_and_other_with_another_seed(config: UpdateConfi
 
     assert figures(1) == figures(1)
     assert figures(1) != figures(2)
+
+
+def test_runs_in_several_processes_are_those_in_one(config: UpdateConfig, stream: list[RecordedWindow]) -> None:
+    jobs = jobs_of(
+        config, [Strategy(name="as set", overrides=()), Strategy(name="small", overrides=("training.batch_size=32",))], 1
+    )
+    one, two = (sorted(run_jobs(jobs, SPEC, stream, workers=workers), key=lambda run: run.strategy) for workers in (1, 2))
+    assert [run.strategy for run in two] == ["as set", "small"]
+    for alone, beside in zip(one, two, strict=True):
+        assert [window.before for window in beside.windows] == [window.before for window in alone.windows]
 
 
 def test_rows_over_the_cap_are_left_out_and_counted(config: UpdateConfig, stream: list[RecordedWindow]) -> None:

@@ -1,5 +1,6 @@
 """The settings of an update: where they come from, and what is refused."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def test_places_are_judged_together_and_not_one_by_one(declare: Declare) -> None
 def test_what_a_data_set_declares_for_itself_holds_for_it_alone() -> None:
     assert load_config(overrides=["dataset=brunch"]).training.batch_size == 1024
     assert load_config(overrides=["dataset=movielens"]).training == UpdateConfig.model_fields["training"].default
+
+
+def test_settings_can_be_sent_to_another_process() -> None:
+    config = load_config(overrides=["dataset=brunch", "training.batch_size=77"])
+    assert type(config) is UpdateConfig
+    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
 
 
 def test_of_two_overrides_of_one_setting_the_last_wins() -> None:
