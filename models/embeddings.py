@@ -151,8 +151,8 @@ class EmbeddingTables(nn.Module):
         if torch.is_grad_enabled():
             self._note_changed(deep, wide)
         return Pooled(
-            deep_BS=_in_order(*_looked_up(self.deep, deep), self.layout.deep_keys),
-            wide_BW=_in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)[:, ::WIDE_DIM],
+            deep_BS=in_order(*_looked_up(self.deep, deep), self.layout.deep_keys),
+            wide_BW=in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)[:, ::WIDE_DIM],
         )
 
     @torch.no_grad()
@@ -335,8 +335,8 @@ def _looked_up(collection: nn.Module, ids: KeyedJaggedTensor) -> tuple[list[str]
     return pooled.keys(), pooled.length_per_key(), pooled.values()
 
 
-def _in_order(keys: list[str], lengths: list[int], values_BS: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """The values side by side in the order of `names`; sharded collections answer in an order of their own.
+def in_order(keys: list[str], lengths: list[int], values_BS: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """The values side by side in the order of `names`; lookups answer in the order of their tables, or of their shards.
 
     Split at once, not key by key: the backward pass of a slice fills a tensor of the whole width with zeros.
     """

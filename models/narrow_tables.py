@@ -23,7 +23,7 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data_schemas.errors import CorruptCheckpoint
-from models.embeddings import Pooled
+from models.embeddings import Pooled, in_order
 from models.tables import Table, TableLayout
 
 NarrowPrecision = Literal["fp16", "int8"]
@@ -73,8 +73,9 @@ class NarrowTables(nn.Module):
         """
         super().__init__()
         self.layout = layout
+        self._lengths = [table.dim for table in layout.deep for _ in table.lookups]
         _check(layout, saved, precision)
-        self.deep = _lookups(layout.deep, layout.deep_keys, precision, device)
+        self.deep = _lookups(layout.deep, layout.lookup_keys, precision, device)
         self.deep.assign_embedding_weights([_as_bytes(saved, f"deep.{table.name}") for table in layout.deep])
         self.wide = _lookups(layout.wide, layout.wide_keys, "fp16", device)
         self.wide.assign_embedding_weights([_as_bytes(saved, f"wide.{table.name}") for table in layout.wide])
@@ -82,9 +83,10 @@ class NarrowTables(nn.Module):
     @torch.no_grad()
     def forward(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> Pooled:
         """Weighted sums for each key, in fp32."""
-        assert deep.keys() == self.layout.deep_keys, "embeddings come in the order of the keys"
-        assert wide.keys() == self.layout.wide_keys, "and so do wide weights"
-        return Pooled(deep_BS=_pooled(self.deep, deep), wide_BW=_pooled(self.wide, wide))
+        assert deep.keys() == self.layout.lookup_keys, "ids come in the order of the tables"
+        assert wide.keys() == self.layout.wide_keys, "and so do those of wide weights"
+        deep_BS = in_order(deep.keys(), self._lengths, _pooled(self.deep, deep), self.layout.deep_keys)
+        return Pooled(deep_BS=deep_BS, wide_BW=_pooled(self.wide, wide))
 
     def nbytes(self, part: Literal["deep", "wide"]) -> int:
         """Bytes of the embeddings, or of the wide weights, as they lie in memory."""

@@ -44,8 +44,13 @@ class TableLayout:
     def head_keys(self) -> list[str]:
         """Lookups that the head sees as embeddings: features, then pools."""
         of_history = {key for key, _ in (*self.pools, *self.clicks)}
-        features = [key for table in self.deep for key in table.lookups if key not in of_history]
+        features = [key for key in self.lookup_keys if key not in of_history]
         return features + [pool for pool, _ in self.pools]
+
+    @cached_property
+    def lookup_keys(self) -> list[str]:
+        """Lookups of embeddings in the order of the tables, as batches hold them."""
+        return [key for table in self.deep for key in table.lookups]
 
     @cached_property
     def deep_keys(self) -> list[str]:

@@ -88,7 +88,7 @@ class EncodedWindow:
 
     def minibatch(self, rows_B: I64, *, filling_B: npt.NDArray[np.bool_] | None = None) -> MiniBatch:
         """The batch of these rows; those in `filling_B` only fill its shape and have weight 0."""
-        deep_keys = [key for table in self.layout.deep for key in table.lookups]
+        deep_keys = self.layout.lookup_keys
         same = deep_keys == self.layout.wide_keys
         gathered_KB = self.single_RK.take(rows_B, axis=0).T.astype(np.int64, order="C")
         if same and deep_keys == list(self.single_keys):

@@ -83,7 +83,8 @@ def test_lookups_are_those_of_the_values_that_are_stored(precision: NarrowPrecis
         stored[f"{prefix}weight"] = widened(parts)
     slices = {name: [TableSlice(name=name, row=0, column=0, tensor=tensor)] for name, tensor in stored.items()}
     wide_tables.load_slices(slices, with_optimizer=False)
-    deep, wide = a_batch(LAYOUT.deep_keys), a_batch(LAYOUT.wide_keys, seed=1)
+    assert LAYOUT.lookup_keys != LAYOUT.deep_keys, "the pool is looked up beside its feature, and stands at the end"
+    deep, wide = a_batch(LAYOUT.lookup_keys), a_batch(LAYOUT.wide_keys, seed=1)
     with torch.no_grad():
         expected = wide_tables(deep, wide)
     found = narrow(deep, wide)

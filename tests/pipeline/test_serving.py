@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_schemas.dataset import load_spec
+from data_schemas.dataset import DATASETS_FOLDER, load_spec
 from data_schemas.errors import CorruptCheckpoint
 from data_schemas.examples import Examples
 from pipeline.config import TablePrecision, UpdateConfig, load_config
@@ -107,8 +107,13 @@ def test_a_narrow_predictor_is_small_and_predicts_nearly_the_same(
     assert bytes_of[precision] < share * bytes_of["fp32"]
 
 
-def test_a_model_with_int8_tables_is_registered_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = publish(tmp_path, "serving.table_precision=int8")
+@pytest.mark.parametrize("history", ["", '[history]\nof = ["item_id"]\nlength = 5\nattended_clicks = 2\n'])
+def test_a_model_with_int8_tables_is_registered_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: str
+) -> None:
+    declared = tmp_path / "own.toml"
+    declared.write_text((DATASETS_FOLDER / "synthetic.toml").read_text(encoding="utf-8") + history, encoding="utf-8")
+    config = publish(tmp_path, "serving.table_precision=int8", f"dataset={declared}")
     (description,) = (tmp_path / "state").rglob("predictor.json")
     assert json.loads(description.read_text())["table_precision"] == "int8"
     spec = load_spec(config.dataset)
