@@ -48,6 +48,8 @@ def main() -> None:
     cli.add_argument("--workers", type=int, default=2)
     cli.add_argument("--fixed", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
     options = cli.parse_args()
+    if options.seeds < 2:
+        cli.error(f"an interval needs --seeds of at least 2, got {options.seeds}")
     opened = (
         synthetic_stream(options.hours, options.rows_per_hour) if options.dataset == "synthetic" else _brunch(options.hours)
     )

@@ -53,6 +53,8 @@ def main() -> None:
     cli.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     cli.add_argument("--workers", type=int, default=2)
     options = cli.parse_args()
+    if options.seeds < 2:
+        cli.error(f"an interval needs --seeds of at least 2, got {options.seeds}")
     with synthetic_stream(options.hours) as (config, spec, stream):
         comparison = _run(config, spec, stream, options)
     Console(width=200).print(as_terminal_table(comparison))

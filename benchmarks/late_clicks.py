@@ -50,6 +50,8 @@ def main() -> None:
     cli.add_argument("--rows", type=int, default=4000, help="an hour")
     cli.add_argument("--seeds", type=int, default=3)
     options = cli.parse_args()
+    if options.hours <= FIRST_JUDGED:
+        cli.error(f"--hours must be above {FIRST_JUDGED}, which are learned and not judged; got {options.hours}")
     table = Table("clicks", "clicks judged", "COPC", "AUC of the known labels", "corrected")
     with torch_threads(1):
         for kind in KINDS:
