@@ -10,9 +10,9 @@ of the model with small tables.
 Letters: R rows, U users, V ids of all lists.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ from pipeline.config import TrainingConfig
 from pipeline.data.encode import EncodedWindow, encode_known, num_dense_columns, num_normalised
 from pipeline.data.normalise import RunningMoments
 from pipeline.training.batch_size import FixedBatch
+from pipeline.training.budget import Deadline
 from pipeline.training.learn import learn
 from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.processes import Processes
@@ -36,8 +37,13 @@ from pipeline.training.processes import Processes
 ROWS = 8_192
 """Of a timed pass, or two chunks where that is more: the second is cut while the first is learned."""
 ROUNDS = 3
-CAPACITY = 65_536
-"""Rows of a table at most: enough that lookups leave the processor's first caches."""
+CAPACITY = 16_384
+"""Rows of a table at most: enough that lookups leave the processor's first cache."""
+GIVEN_UP = 2.0
+"""Times the seconds of the quickest pass after which a slower one ends: on a busy machine many threads can take fifty times as
+long, and an update waits meanwhile."""
+RATE = 1e-6
+"""Of all weights: what is learned does not matter, and must not diverge."""
 ROWS_A_USER = 8
 WORTH_A_THREAD = 0.05
 """Share of the seconds a row by which more threads have to be faster than the fewest that are as fast as any."""
@@ -78,18 +84,33 @@ def choose_threads(
     if config.threads != "auto" or given == 1 or processes.count > 1 or device.type != "cpu":
         return ChosenThreads(number=config.threads)
     numbers = [*(2**power for power in range(given.bit_length()) if 2**power < given), given]
-    passes = {number: _pass(config, spec, architecture, precision, number) for number in numbers}
-    laps = [{number: timed() for number, timed in passes.items()} for _ in range(ROUNDS + 1)][1:]
-    took = {number: statistics.median(lap[number] for lap in laps) for number in numbers}
-    chosen = min(number for number in numbers if took[number] <= (1 + WORTH_A_THREAD) * min(took.values()))
-    tried = ", ".join(f"{1e6 * seconds:.1f} us a row with {number}" for number, seconds in took.items())
+    learner, window = _copy(config, spec, architecture, precision)
+    took = {number: list[float]() for number in numbers}
+    least = math.inf
+    for _ in range(ROUNDS + 1):
+        for number in numbers:
+            took[number].append(_seconds_a_row(learner, window, number, at_most=GIVEN_UP * least))
+            least = min(least, took[number][-1])
+    median = {number: statistics.median(laps[1:]) for number, laps in took.items()}
+    chosen = min(number for number in numbers if median[number] <= (1 + WORTH_A_THREAD) * min(median.values()))
+    tried = ", ".join(f"{1e6 * seconds:.1f} us a row with {number}" for number, seconds in median.items())
     return ChosenThreads(number=chosen, notes=(f"threads of one operation: {chosen} ({tried})",))
 
 
-def _pass(
-    config: TrainingConfig, spec: DatasetSpec, architecture: Architecture, precision: Arithmetic, threads: int
-) -> Callable[[], float]:
-    """Learns made-up rows once more, and gives the seconds that a row took."""
+def _seconds_a_row(learner: Learner, window: EncodedWindow, threads: int, *, at_most: float) -> float:
+    """Of learning the window once more; a pass that takes longer than `at_most` ends early."""
+    learner.threads = threads
+    policy = FixedBatch(batch_size=learner.config.smallest_batch, learning_rate=RATE)
+    started = time.monotonic()
+    deadline = Deadline(started=started, budget_seconds=at_most * window.num_rows, reserve_seconds=0.0)
+    learned = learn(learner, window, seed=[0], policy=policy, deadline=deadline)
+    return (time.monotonic() - started) / max(learned.rows, 1)
+
+
+def _copy(
+    config: TrainingConfig, spec: DatasetSpec, architecture: Architecture, precision: Arithmetic
+) -> tuple[Learner, EncodedWindow]:
+    """A model with small tables, and made-up rows for it."""
     small = _small(spec)
     with torch.random.fork_rng():
         model = build_model(
@@ -97,23 +118,14 @@ def _pass(
             table_layout(small),
             num_dense=num_dense_columns(small),
             sparse_optimizer=config.sparse_optimizer,
-            sparse_learning_rate=config.sparse_learning_rate,
-            wide_learning_rate=config.wide_learning_rate,
+            sparse_learning_rate=RATE,
+            wide_learning_rate=RATE,
             wide_beta=config.wide_beta,
             device=torch.device("cpu"),
             seed=config.seed,
         )
-    own = config.model_copy(update={"threads": threads})
-    learner = Learner(model, own, precision=precision, device=torch.device("cpu"))
-    policy = FixedBatch(batch_size=config.smallest_batch, learning_rate=config.dense_learning_rate)
-    window = _made_up(small, max(ROWS, 2 * config.sparse_step_rows, 2 * config.smallest_batch))
-
-    def timed() -> float:
-        started = time.perf_counter()
-        learn(learner, window, seed=[config.seed], policy=policy)
-        return (time.perf_counter() - started) / window.num_rows
-
-    return timed
+    rows = max(ROWS, 2 * config.sparse_step_rows, 2 * config.smallest_batch)
+    return Learner(model, config, precision=precision, device=torch.device("cpu")), _made_up(small, rows)
 
 
 def _small(spec: DatasetSpec) -> DatasetSpec:

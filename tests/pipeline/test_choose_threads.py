@@ -1,5 +1,7 @@
 """The fewest threads with which a pass is as fast as with any; they hold while rows are learned, and in that alone."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -48,16 +50,15 @@ def _choose(spec: DatasetSpec, processes: Processes | None = None, **settings: A
 def test_the_fewest_that_are_as_fast_as_any(
     small_spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], chosen: int
 ) -> None:
-    laps: list[int] = []
+    laps, shown = list[int](), list[float]()
 
-    def made(config: object, spec: object, head: object, precision: object, threads: int) -> Callable[[], float]:
-        def timed() -> float:
-            laps.append(threads)
-            return 100.0 if len(laps) <= len(seconds) else seconds[threads]
+    def timed(learner: object, window: object, threads: int, *, at_most: float) -> float:
+        laps.append(threads)
+        assert at_most == (math.inf if len(laps) == 1 else pytest.approx(2 * min(shown)))
+        shown.append(100.0 if len(laps) <= len(seconds) else seconds[threads])
+        return shown[-1]
 
-        return timed
-
-    monkeypatch.setattr(module, "_pass", made)
+    monkeypatch.setattr(module, "_seconds_a_row", timed)
     choice = _choose(small_spec)
     assert choice.number == chosen
     assert laps == [1, 2, 4] * 4, "in turns, after one that warms up"
@@ -73,22 +74,21 @@ def test_real_passes_are_timed_with_each_number(small_spec: DatasetSpec, monkeyp
     in_force: list[int] = []
 
     def noted(*args: Any, **kwargs: Any) -> object:
-        learned = learn(*args, progress=lambda done, rows: in_force.append(torch.get_num_threads()), **kwargs)
-        assert learned.rows == 512
-        return learned
+        return learn(*args, progress=lambda done, rows: in_force.append(torch.get_num_threads()), **kwargs)
 
     monkeypatch.setattr(module, "learn", noted)
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
     choice = _choose(specs.get(dataset) or load_spec(dataset), sparse_step_rows=0)
     assert torch.equal(torch.random.get_rng_state(), before), "what is drawn afterwards does not depend on it"
-    assert in_force == [1, 1, 2, 2, 4, 4] * 4
+    assert in_force[:2] == [1, 1], "the first pass is a whole one"
+    assert [number for number, _ in itertools.groupby(in_force)] == [1, 2, 4] * 4
     assert choice.number in (1, 2, 4)
     assert all(f"us a row with {number}" in choice.notes[0] for number in (1, 2, 4))
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_timed(small_spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_pass", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(module, "_seconds_a_row", lambda *args: pytest.fail("timed"))
     assert _choose(small_spec) == ChosenThreads(number="auto")
     with torch_threads(2):
         assert _choose(small_spec, threads=7) == ChosenThreads(number=7)
@@ -117,3 +117,13 @@ def _after_a_pass(
     learn(learner, window, seed=[1], policy=policy, progress=lambda done, rows: in_force.add(torch.get_num_threads()))
     assert in_force == {torch.get_num_threads() if threads == "auto" else threads}
     return {piece.name: piece.tensor for piece in learner.model.tables.slices()} | learner.dense_weights(averaged=False)
+
+
+def test_a_pass_that_takes_too_long_ends_early(small_spec: DatasetSpec) -> None:
+    config = TrainingConfig(batch_size=128, micro_batch_size=128, sparse_step_rows=0)
+    head = architecture(ModelConfig(hidden=(8,), interaction_dim=8))
+    learner, window = module._copy(config, small_spec, head, "fp32")
+    whole = module._seconds_a_row(learner, window, 1, at_most=math.inf)
+    before = learner.steps
+    module._seconds_a_row(learner, window, 1, at_most=whole / 20)
+    assert learner.steps - before < before / 2
