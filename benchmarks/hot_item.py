@@ -1,11 +1,12 @@
 """How fast a model learns an item that is born hot, in one hourly update.
 
-    python benchmarks/hot_item.py [--hours 6] [--seeds 3] [--impressions 50 500]
+    python benchmarks/hot_item.py [--hours 6] [--seeds 3] [--impressions 50 500] [--set training.wide_beta=0]
 
 The base CTR is .04. After six ordinary hours of 100,000 rows, the next hour shows 200 items never seen before, each with a true
 CTR of .20 and N impressions. The model learns that hour once, and then predicts fresh impressions of the same items, by other
 users: the table gives mean predicted over true CTR (1 is right), and what learning the hot items did to the log loss of all
-other items in the hour after, beside a model that learned the same hour without them. With and without counters.
+other items in the hour after, beside a model that learned the same hour without them. With and without counters. The last
+column is the log loss of that other model: what settings that are quick with hot items cost everybody else.
 """
 
 import argparse
@@ -76,21 +77,23 @@ def main() -> None:
     parser.add_argument("--hours", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--impressions", type=int, nargs="+", default=[50, 500])
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings, beside those of the data set")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(title=f"{NUM_ITEMS} items born at {HOT_CTR / BASE_CTR:.0f} times the average CTR, after one hourly update")
-    for name in ("counters", "impressions", "predicted / true CTR", "other items: log loss, change"):
+    for name in ("counters", "impressions", "predicted / true CTR", "other items: log loss, change", "without them"):
         table.add_column(name, justify="right")
     for counters in (True, False):
         for impressions in options.impressions:
-            results = [measure(counters, impressions, options.hours, seed) for seed in range(options.seeds)]
-            ratios, changes = (np.array(column) for column in zip(*results, strict=True))
-            table.add_row("yes" if counters else "no", str(impressions), _spread(ratios, 3), _spread(changes, 5))
+            results = [measure(counters, impressions, options.hours, seed, options.set) for seed in range(options.seeds)]
+            ratios, changes, losses = zip(*results, strict=True)
+            spreads = _spread(ratios, 3), _spread(changes, 5), f"{np.mean(losses):.5f}"
+            table.add_row("yes" if counters else "no", str(impressions), *spreads)
     Console().print(table)
 
 
-def measure(counters: bool, impressions: int, hours: int, seed: int) -> tuple[float, float]:
-    """Predicted over true CTR of the hot items, and the change of the other items' log loss."""
+def measure(counters: bool, impressions: int, hours: int, seed: int, overrides: Sequence[str]) -> tuple[float, float, float]:
+    """Predicted over true CTR of the hot items, the change of the other items' log loss, and that loss without hot items."""
     spec = load_spec("synthetic")
     spec = spec.model_copy(update={"counters": COUNTERS, "ages": ("item_id",)}) if counters else spec
     stream = SyntheticStream(
@@ -102,7 +105,7 @@ def measure(counters: bool, impressions: int, hours: int, seed: int) -> tuple[fl
     fresh = _hot_rows(ordinary[hours + 1], FRESH_IMPRESSIONS, np.random.default_rng([seed, 2]))
     losses, ratio = [], 0.0
     for with_hot in (True, False):
-        run = _new_run(spec, seed)
+        run = _new_run(spec, seed, overrides)
         for hour in range(hours):
             run.learn(ordinary[hour], first + hour)
         run.learn(concatenate([ordinary[hours], hot]) if with_hot else ordinary[hours], first + hours)
@@ -110,11 +113,12 @@ def measure(counters: bool, impressions: int, hours: int, seed: int) -> tuple[fl
         losses.append(log_loss(after.labels_R, run.predict(after, first + hours + 1)))
         if with_hot:
             ratio = float(run.predict(fresh, first + hours + 1).mean()) / HOT_CTR
-    return ratio, losses[0] - losses[1]
+    return ratio, losses[0] - losses[1], losses[1]
 
 
-def _new_run(spec: DatasetSpec, seed: int) -> Run:
-    config = load_config(overrides=["state_dir=/nonexistent", "training.precision='fp32'", f"training.seed={seed}"])
+def _new_run(spec: DatasetSpec, seed: int, overrides: Sequence[str]) -> Run:
+    own = ["state_dir=/nonexistent", "training.precision='fp32'", f"training.seed={seed}"]
+    config = load_config(overrides=[*own, *overrides])
     return Run(learner=restore_or_create(config, spec).learner, memory=Memory(spec), spec=spec, config=config)
 
 

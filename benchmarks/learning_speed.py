@@ -13,7 +13,7 @@ hours of a repetition. Its own parser reads the file and its own driver learns, 
 crosses, with crosses and `--ftrl`, and the latter with the ids of the user's history as well.
 
     pip install --no-deps -r requirements/peers.txt
-    python benchmarks/learning_speed.py [--warm 24] [--hours 3] [--repetitions 5] [--threads 2]
+    python benchmarks/learning_speed.py [--warm 24] [--hours 3] [--repetitions 5] [--threads auto]
 
 All have learned the `--warm` hours before the first repetition, each repetition learns the next hours, and all take turns.
 Figures are medians over repetitions. The log loss is that of predicting each row just before it is learned, for Vowpal Wabbit
@@ -63,14 +63,13 @@ WANTED = {AS_DECLARED: (0.5, (PLAIN, CROSSED, WITH_HISTORY)), WITHOUT_HISTORIES:
 
 def main() -> None:
     options = _command_line()
-    torch.set_num_threads(options.threads)
     num_hours = options.warm + options.hours * options.repetitions
     with tempfile.TemporaryDirectory() as name:
-        folder, spec = Path(name), load_spec("brunch")
+        folder, spec, settings = Path(name), load_spec("brunch"), [f"training.threads={options.threads}", *options.set]
         log = _click_log(options.data, spec, folder, num_hours)
         ours = {
-            AS_DECLARED: Ours(log, spec, folder, options.set),
-            WITHOUT_HISTORIES: Ours(log, spec.model_copy(update={"history": None}), folder, options.set),
+            AS_DECLARED: Ours(log, spec, folder, settings),
+            WITHOUT_HISTORIES: Ours(log, spec.model_copy(update={"history": None}), folder, settings),
         }
         peers = {
             PLAIN: FromText(spec, folder / "plain"),
@@ -84,6 +83,7 @@ def main() -> None:
         laps = _take_turns({**ours, **peers}, hours, [options.hours] * options.repetitions)
     _print_table(laps)
     for name, own in ours.items():
+        print(f"\n{name}: threads of one operation: {own.threads}{', chosen' if options.threads == 'auto' else ''}", end="")
         _print_stages(name, own.seconds, sum(laps[name].rows))
 
 
@@ -131,6 +131,11 @@ class Ours:
         self._policy = FixedBatch(batch_size=training.batch_size, learning_rate=training.dense_learning_rate)
         self.seconds: dict[str, float] = {}
         self.log_loss = 0.0
+
+    @property
+    def threads(self) -> int:
+        """Of one operation while it learns."""
+        return self._state.learner.threads or torch.get_num_threads()
 
     def prepare(self, hours: Sequence[Hour]) -> None:
         """Remembers how many rows there are to learn."""
@@ -209,7 +214,7 @@ def _command_line() -> argparse.Namespace:
     cli.add_argument("--warm", type=int, default=24, help="hours that all have learned before")
     cli.add_argument("--hours", type=int, default=3, help="of a repetition")
     cli.add_argument("--repetitions", type=int, default=5)
-    cli.add_argument("--threads", type=int, default=2, help="of one operation of ours; the data take two more, in turn")
+    cli.add_argument("--threads", default="auto", help="of one operation of ours while it learns; the data take two, in turn")
     cli.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of ours")
     return cli.parse_args()
 

@@ -73,7 +73,8 @@ def main() -> None:
 
 def _config(folder: Path, way: str, *overrides: str) -> UpdateConfig:
     quiet = ["tracking.enabled=false", "gate.action=off", "alarms.action=off", "training.precision=fp32"]
-    quiet += ["training.micro_batch_size=512"]  # not measured anew for each pass: both ways have to learn the same bits
+    # Not measured anew for each pass: both ways have to learn the same bits.
+    quiet += ["training.micro_batch_size=512", f"training.threads={torch.get_num_threads()}"]
     return load_config(overrides=[f"landing={folder / 'landing'}", f"state_dir={folder / way}", *quiet, *overrides])
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_schemas.errors import StoppedByFirst, TidemarkError
-from flows.collector import end_quickly, nothing_collected
 from flows.early_server import server_starting
+from pipeline.collector import end_quickly, nothing_collected
 
 if TYPE_CHECKING:
     from prefect import Flow  # takes a second to import, and commands that are no flow do without

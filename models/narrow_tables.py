@@ -73,7 +73,6 @@ class NarrowTables(nn.Module):
         """
         super().__init__()
         self.layout = layout
-        self._lengths = [table.dim for table in layout.deep for _ in table.lookups]
         _check(layout, saved, precision)
         self.deep = _lookups(layout.deep, layout.lookup_keys, precision, device)
         self.deep.assign_embedding_weights([_as_bytes(saved, f"deep.{table.name}") for table in layout.deep])
@@ -85,7 +84,7 @@ class NarrowTables(nn.Module):
         """Weighted sums for each key, in fp32."""
         assert deep.keys() == self.layout.lookup_keys, "ids come in the order of the tables"
         assert wide.keys() == self.layout.wide_keys, "and so do those of wide weights"
-        deep_BS = in_order(deep.keys(), self._lengths, _pooled(self.deep, deep), self.layout.deep_keys)
+        deep_BS = in_order(deep.keys(), self.layout.lookup_dims, _pooled(self.deep, deep), self.layout.deep_keys)
         return Pooled(deep_BS=deep_BS, wide_BW=_pooled(self.wide, wide))
 
     def nbytes(self, part: Literal["deep", "wide"]) -> int:

@@ -53,6 +53,11 @@ class TableLayout:
         return [key for table in self.deep for key in table.lookups]
 
     @cached_property
+    def lookup_dims(self) -> list[int]:
+        """Lengths of the embeddings, in that order."""
+        return [table.dim for table in self.deep for _ in table.lookups]
+
+    @cached_property
     def deep_keys(self) -> list[str]:
         """Lookups in the order of the embeddings: features, pools, then single clicks."""
         return self.head_keys + [click for click, _ in self.clicks]

@@ -91,9 +91,9 @@ class TrainingConfig(_Part):
     (`min_batch_size`, where the policy plans batches) is as large. Where a step does not fit into memory it is halved, and the
     report says so."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Of one operation while rows are learned, in each process. `auto` measures what a pass is fastest with when the model is
-    first made, up to what torch is given (OMP_NUM_THREADS, or the cores of this machine), and the model keeps what it found;
-    with several processes it is what torch is given."""
+    """That torch spreads one operation over while rows are learned, in each process. `auto` measures what a pass is fastest
+    with when the model is first made, up to what torch is given (OMP_NUM_THREADS, or the cores of this machine), and the model
+    keeps what it found; with several processes it is what torch is given."""
     batch_policy: BatchPolicyName = "fixed"
     """What chooses the size of each batch. `fixed`: `batch_size` all along. `linear_ramp`: it grows from `batch_size` to
     `max_batch_size` over the pass. `deadline`: the smallest that still learns every row in time; rows are left out only where
@@ -642,7 +642,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ) from error
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
-    return UpdateConfig.model_construct(layered.model_fields_set, **dict(layered))  # a class that other processes know as well
+    return UpdateConfig.model_construct(layered.model_fields_set, **dict(layered))  # a local class cannot be pickled
 
 
 def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:

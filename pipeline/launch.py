@@ -7,7 +7,6 @@ The environment of a process is that of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, 
 tell who started it.
 """
 
-import gc
 import importlib
 import json
 import logging
@@ -27,6 +26,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 
 from data_schemas.errors import ConfigError, GroupFailed, TidemarkError
+from pipeline.collector import end_quickly
 from pipeline.config import ProcessesConfig
 from pipeline.training.processes import Patience, Store, is_lost, joined
 
@@ -261,6 +261,5 @@ def _main(work: str, folder: Path, arguments: Mapping[str, Any], patience: Patie
 
 
 if __name__ == "__main__":
-    code = _main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Patience(**json.loads(sys.argv[4])))
-    gc.freeze()  # a last collection of all that was imported takes seconds
-    sys.exit(code)
+    end_quickly()
+    sys.exit(_main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Patience(**json.loads(sys.argv[4]))))

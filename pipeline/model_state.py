@@ -74,6 +74,7 @@ from pipeline.training.processes import Processes
 from pipeline.training.replay import ReplayMemory
 from pipeline.training.sharding import spread_tables
 from pipeline.training.smoothing import MovingAverage
+from pipeline.training.threads import torch_threads
 from sampling.plan import SamplingPlan, as_table
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def save(
         precision=learner.precision,
         micro_batch_size=learner.micro_batch_size,
         micro_batch_halvings=tuple(learner.halvings),
-        threads=learner.threads,
+        fastest_threads=learner.fastest_threads,
         steps=learner.steps,
         average_steps={name: average.steps for name, average in (_averages(learner) | learner.sparse_step.averages()).items()},
         loss_scale=learner.scaler.state_dict(),
@@ -504,23 +505,22 @@ def _model(
 def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> ModelState:
     device = default_device()
     model = _model(config, spec, processes, device, new=True)
-    chosen = processes.from_first(
-        lambda: choose_arithmetic(
-            config.training,
-            model.net,
-            deep_width=sum(model.layout.deep_dims),
-            wide_width=len(model.layout.wide_keys),
-            num_dense=num_dense_columns(spec),
-            device=device,
-            num_processes=processes.count,
+    threads = choose_threads(config.training, spec, architecture(config.model), device=device, processes=processes)
+    with torch_threads(threads.fastest if config.training.threads == "auto" else config.training.threads):
+        chosen = processes.from_first(
+            lambda: choose_arithmetic(
+                config.training,
+                model.net,
+                deep_width=sum(model.layout.deep_dims),
+                wide_width=len(model.layout.wide_keys),
+                num_dense=num_dense_columns(spec),
+                device=device,
+                num_processes=processes.count,
+            )
         )
-    )
     training = config.training.model_copy(update={"micro_batch_size": chosen.micro_batch_size})
-    threads = choose_threads(
-        training, spec, architecture(config.model), precision=chosen.precision, device=device, processes=processes
-    )
-    training = training.model_copy(update={"threads": threads.number})
     learner = Learner(model, training, precision=chosen.precision, device=device, processes=processes)
+    learner.fastest_threads = threads.fastest
     return ModelState(
         learner=learner,
         moments=None,
@@ -530,7 +530,7 @@ def _create(config: UpdateConfig, spec: DatasetSpec, processes: Processes) -> Mo
         late_clicks=LateClicks.nothing(spec),
         cursor=Cursor(),
         version=0,
-        notes=(*chosen.notes, *threads.notes),
+        notes=(*threads.notes, *chosen.notes),
     )
 
 
@@ -548,9 +548,8 @@ def _restore(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec, proces
     if training.micro_batch_size == "auto":
         size = manifest.micro_batch_size or training.micro_batch
         training = training.model_copy(update={"micro_batch_size": size})
-    if training.threads == "auto" and manifest.threads and processes.count == 1:
-        training = training.model_copy(update={"threads": min(manifest.threads, torch.get_num_threads())})
     learner = Learner(model, training, precision=precision, device=device, processes=processes)
+    learner.fastest_threads = manifest.fastest_threads
     if trained_on.fingerprint() != spec.fingerprint():
         dense = _widened(dense, learner, manifest, trained_on, spec, architecture(config.model, gated=gated))
     places = processes.from_first(lambda: _places(config, manifest))

@@ -115,13 +115,18 @@ def refuse_unheeded(config: UpdateConfig) -> None:
     """A strategy must not seem to have done what its run leaves out.
 
     Raises:
-        ConfigError: past rows are to be learned again, of which a run keeps none.
+        ConfigError: past rows are to be learned again, of which a run keeps none; or it asks for threads.
     """
     share = config.sampling.replay_share
     if share:
         raise ConfigError(
             f"sampling.replay_share = {share} is not heeded by a comparison, which keeps no past rows as an update does, "
             "so that its figures would be those of another strategy; set sampling.replay_share to 0"
+        )
+    if config.training.threads not in ("auto", 1):
+        raise ConfigError(
+            f"training.threads = {config.training.threads} is not heeded by a comparison: its runs have one thread each, so "
+            "that they can go side by side and CPU seconds mean the same in all; leave training.threads at auto"
         )
 
 

@@ -150,8 +150,8 @@ class Manifest(_Saved):
     """Rows that went through the dense network at once in the last step; None in old checkpoints."""
     micro_batch_halvings: tuple[tuple[int, int], ...] = ()
     """Where memory did not suffice in the update: steps of the model before, and rows of a micro-batch from there on."""
-    threads: int | None = None
-    """Of one operation while rows were learned, where they were chosen; None: as many as torch was given."""
+    fastest_threads: int | None = None
+    """With which a pass was found to be fastest; None: not measured."""
     steps: int
     average_steps: Mapping[str, float] = {}
     """Observations in each moving average."""

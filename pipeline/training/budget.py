@@ -71,10 +71,10 @@ def reserve_seconds(tails: Sequence[float], *, budget_seconds: float, min_reserv
 
 
 def earlier_step_time(history: Sequence[Mapping[str, Any]]) -> StepTime | None:
-    """As the latest update that fitted it reported; None if none did."""
+    """As the latest update that told the cost of a step from that of its rows reported; None if none did."""
     for record in reversed(history):
         fixed, row = record.get("fixed_seconds"), record.get("row_seconds")
-        if fixed is not None and row:
+        if fixed and row:
             return StepTime(fixed_seconds=fixed, row_seconds=row)
     return None
 

@@ -3,18 +3,17 @@
 Enters: settings and a declaration. Leaves: `ChosenThreads`, which the model keeps.
 
 A step of a small network is some hundred operations of microseconds each, between which Python runs. Threads that wait for the
-next operation then take more from the one that cuts batches, and from each other, than they give: on two cores one thread can
-be twice as fast as two, which no operation timed by itself shows. So a real pass is timed: `learn` over made-up rows, on a copy
-of the model with small tables.
+next operation then take more from the one that cuts batches, and from each other, than they give, which no operation timed by
+itself shows. So a real pass is timed: `learn` over made-up rows, on a copy of the model with small tables. Small tables are
+kinder to lookups than the model's own; in a pass these are the lesser part.
 
-Letters: R rows, U users, V ids of all lists.
+Letters: N dense columns, R rows, U users, V ids of all lists.
 """
 
 import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -35,81 +34,73 @@ from pipeline.training.learner import Arithmetic, Learner
 from pipeline.training.processes import Processes
 
 ROWS = 8_192
-"""Of a timed pass, or two chunks where that is more: the second is cut while the first is learned."""
+"""Of a timed pass at least: two chunks, of which the second is cut while the first is learned, or one batch may be more."""
 ROUNDS = 3
 CAPACITY = 16_384
 """Rows of a table at most: enough that lookups leave the processor's first cache."""
-GIVEN_UP = 2.0
+GIVEN_UP_AT = 2.0
 """Times the seconds of the quickest pass after which a slower one ends: on a busy machine many threads can take fifty times as
 long, and an update waits meanwhile."""
-RATE = 1e-6
+LEARNING_RATE = 1e-6
 """Of all weights: what is learned does not matter, and must not diverge."""
 ROWS_A_USER = 8
 WORTH_A_THREAD = 0.05
-"""Share of the seconds a row by which more threads have to be faster than the fewest that are as fast as any."""
+"""Share by which the fewest threads may be slower than the fastest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenThreads:
     """For the passes of a new model."""
 
-    number: int | Literal["auto"]
-    """`auto` where there is nothing to choose: as many as torch is given."""
+    fastest: int | None
+    """None where there was nothing to choose."""
     notes: tuple[str, ...] = ()
     """What was chosen from."""
 
 
 def choose_threads(
-    config: TrainingConfig,
-    spec: DatasetSpec,
-    architecture: Architecture,
-    *,
-    precision: Arithmetic,
-    device: torch.device,
-    processes: Processes,
+    config: TrainingConfig, spec: DatasetSpec, architecture: Architecture, *, device: torch.device, processes: Processes
 ) -> ChosenThreads:
-    """What is asked for; where that is `auto` the fewest with which a pass is as fast as with any, up to those that torch has.
+    """The fewest with which a pass is about as fast as with any, up to those that torch has.
 
-    Nothing is timed with several processes, each of which has its share of the cores, or on a GPU.
+    Nothing is timed where the settings say a number, with several processes, each of which has its share of the cores, or on a
+    GPU. Where the settings leave the arithmetic or the micro-batch open, fp32 and the smallest are timed.
 
     Args:
-        config: its `micro_batch_size` is the one that the model will have.
+        config: settings.
         spec: of the rows.
         architecture: of the dense network.
-        precision: that was chosen.
         device: of the model.
         processes: that train it.
     """
     given = torch.get_num_threads()
     if config.threads != "auto" or given == 1 or processes.count > 1 or device.type != "cpu":
-        return ChosenThreads(number=config.threads)
+        return ChosenThreads(fastest=None)
     numbers = [*(2**power for power in range(given.bit_length()) if 2**power < given), given]
-    learner, window = _copy(config, spec, architecture, precision)
+    learner, window = _copy(config, spec, architecture)
     took = {number: list[float]() for number in numbers}
     least = math.inf
     for _ in range(ROUNDS + 1):
         for number in numbers:
-            took[number].append(_seconds_a_row(learner, window, number, at_most=GIVEN_UP * least))
+            took[number].append(_seconds_a_row(learner, window, number, at_most=GIVEN_UP_AT * least))
             least = min(least, took[number][-1])
     median = {number: statistics.median(laps[1:]) for number, laps in took.items()}
     chosen = min(number for number in numbers if median[number] <= (1 + WORTH_A_THREAD) * min(median.values()))
     tried = ", ".join(f"{1e6 * seconds:.1f} us a row with {number}" for number, seconds in median.items())
-    return ChosenThreads(number=chosen, notes=(f"threads of one operation: {chosen} ({tried})",))
+    return ChosenThreads(fastest=chosen, notes=(f"threads of one operation: {chosen} ({tried})",))
 
 
 def _seconds_a_row(learner: Learner, window: EncodedWindow, threads: int, *, at_most: float) -> float:
     """Of learning the window once more; a pass that takes longer than `at_most` ends early."""
-    learner.threads = threads
-    policy = FixedBatch(batch_size=learner.config.smallest_batch, learning_rate=RATE)
+    learner.fastest_threads = threads
+    policy = FixedBatch(batch_size=learner.config.smallest_batch, learning_rate=LEARNING_RATE)
     started = time.monotonic()
     deadline = Deadline(started=started, budget_seconds=at_most * window.num_rows, reserve_seconds=0.0)
     learned = learn(learner, window, seed=[0], policy=policy, deadline=deadline)
     return (time.monotonic() - started) / max(learned.rows, 1)
 
 
-def _copy(
-    config: TrainingConfig, spec: DatasetSpec, architecture: Architecture, precision: Arithmetic
-) -> tuple[Learner, EncodedWindow]:
+def _copy(config: TrainingConfig, spec: DatasetSpec, architecture: Architecture) -> tuple[Learner, EncodedWindow]:
     """A model with small tables, and made-up rows for it."""
     small = _small(spec)
     with torch.random.fork_rng():
@@ -118,13 +109,14 @@ def _copy(
             table_layout(small),
             num_dense=num_dense_columns(small),
             sparse_optimizer=config.sparse_optimizer,
-            sparse_learning_rate=RATE,
-            wide_learning_rate=RATE,
+            sparse_learning_rate=LEARNING_RATE,
+            wide_learning_rate=LEARNING_RATE,
             wide_beta=config.wide_beta,
             device=torch.device("cpu"),
             seed=config.seed,
         )
-    rows = max(ROWS, 2 * config.sparse_step_rows, 2 * config.smallest_batch)
+    rows = max(ROWS, 2 * config.sparse_step_rows, config.smallest_batch)
+    precision: Arithmetic = "fp32" if config.precision == "auto" else config.precision
     return Learner(model, config, precision=precision, device=torch.device("cpu")), _made_up(small, rows)
 
 

@@ -82,8 +82,8 @@ class Learner:
         """Steps since the model was new."""
         self.micro_batch_size = config.micro_batch
         """Rows that go through the dense network at once, as memory has allowed so far."""
-        self.threads = None if config.threads == "auto" else config.threads
-        """Of one operation while rows are learned; None: as many as torch is given."""
+        self.fastest_threads: int | None = None
+        """With which a pass was found to be fastest, alone on a CPU; None: not measured."""
         self.halvings: list[tuple[int, int]] = []
         """Where memory did not suffice: steps before, and rows of a micro-batch from there on."""
         self.skipped_in_a_row = 0
@@ -100,6 +100,15 @@ class Learner:
         """Of the dense gradients, measured every few steps where a setting needs it."""
         self._sparse_factor = 1.0
         self.net: Compiled = compiled(model.net, asked=config.compile_dense_network)
+
+    @property
+    def threads(self) -> int | None:
+        """That one operation is spread over while rows are learned; None: as many as torch is given."""
+        if self.config.threads != "auto":
+            return self.config.threads
+        if self.fastest_threads is None or self.processes.count > 1 or self.device.type != "cpu":
+            return None
+        return min(self.fastest_threads, torch.get_num_threads())
 
     def look_up(self, batch: MiniBatch) -> "Chunk":
         """Looks the ids of a chunk up, for the steps that follow; `finish` learns them.

@@ -21,14 +21,17 @@ PRIOR_COUNTS = 16
 """Measurements of each size that an earlier update's line counts as."""
 REMEMBERED = 120.0
 """Seconds of learning that they are spread over at most: less than three quarters of them lie in a stall of a minute. A size
-that was not met for so long does not tell f from d any more: it may have been met in a stall alone."""
+that was not met for so long may have been met in a stall alone: it does not tell f from d, as long as others do, or an earlier
+update did."""
 REFIT_EVERY = 8
 """Measurements from one fit to the next."""
 KEPT_A_SIZE = 64
 """Measurements of one batch size, which set the ratio of f to d."""
 STALLED = 1.25
-"""Steps that take so many times what the line says do not tell f from d: a size that is first taken in a stall would look dear.
-Where it is no stall, the scale follows, and they tell again."""
+"""Times what steps of a size take at which they do not tell f from d, nor do those of a new size right after them: a size that
+is first taken in a stall would look dear. What stays slow tells again once `REMEMBERED` is over."""
+CREDIBLE = 2.0
+"""From one update to the next the ratio of f to d changes by so much at most: more is taken for the mark of a stall."""
 LEAST_ROW_SHARE = 0.01
 """Of the seconds of a step that its rows are taken to cost at least, whatever the clock says."""
 PACE_MEMORY = 20.0
@@ -82,7 +85,7 @@ class StepTimeFit:
     """The line so far."""
 
     prior: StepTime | None = None
-    """As an earlier update measured it; one without a fixed cost had not told it from that of rows, and is forgotten."""
+    """As an earlier update measured it."""
     pace: float = 1.0
     """Seconds that steps took over those of undisturbed steps, at least 1."""
     _latest: "_Spread" = field(default_factory=lambda: _Spread(KEPT))
@@ -90,6 +93,9 @@ class StepTimeFit:
     _steps_of: dict[int, int] = field(default_factory=dict)
     _met_at: dict[int, float] = field(default_factory=dict)
     _now: float = 0.0
+    _slow: bool = False
+    _told: StepTime | None = None
+    """The last line that sizes told which were met together, where it is credible beside that of an earlier update."""
     _line: StepTime | None = None
     _added: int = 0
     _took: float = PACE_MEMORY
@@ -97,21 +103,18 @@ class StepTimeFit:
     _took_in_all: float = PACE_MEMORY
     _expected_in_all: float = PACE_MEMORY
 
-    def __post_init__(self) -> None:
-        if self.prior is not None and self.prior.fixed_seconds <= 0:
-            self.prior = None
-
     def add(self, *, steps: int, rows: int, seconds: float) -> None:
         """Counts in `steps` steps over `rows` rows altogether, which took `seconds`."""
         if steps < 1 or rows < 1 or seconds <= 0:
             return
         size = rows / steps
         self._now += seconds
-        stalled = self.known and seconds > STALLED * steps * self.line.seconds(size)
         self._latest.add(size, seconds / steps, took=seconds)
-        if not stalled:
-            self._by_size.setdefault(round(size), _Spread(KEPT_A_SIZE)).add(size, seconds / steps, took=seconds)
-            self._steps_of[round(size)] = self._steps_of.get(round(size), 0) + steps
+        if not self._stalls(round(size), seconds / steps):
+            if not self._met_lately(round(size)):
+                self._by_size[round(size)], self._steps_of[round(size)] = _Spread(KEPT_A_SIZE), 0
+            self._by_size[round(size)].add(size, seconds / steps, took=seconds)
+            self._steps_of[round(size)] += steps
             self._met_at[round(size)] = self._now
         self._added += 1
         if self._added <= REFIT_EVERY or self._added % REFIT_EVERY == 0:
@@ -151,9 +154,12 @@ class StepTimeFit:
     def _shape(self) -> StepTime:
         """f and d up to a common factor."""
         if _apart(typical := self._typical()):
-            return line_through(*self._with_prior(typical))
+            line = line_through(*self._with_prior(typical))
+            if self.prior is not None and 1 / CREDIBLE <= _ratio(line) / _ratio(self.prior) <= CREDIBLE:
+                self._told = line
+            return line
         if self.prior is not None:
-            return self.prior
+            return self._told or self.prior
         return line_through({size: of.low() for size, of in self._by_size.items()})
 
     def _with_prior(self, typical: Mapping[int, float]) -> tuple[dict[int, float], list[float]]:
@@ -174,8 +180,17 @@ class StepTimeFit:
         """Seconds by batch size, of those of which at least two steps were measured; lately, where these or an earlier update
         tell f from d."""
         every = {size: of.low() for size, of in self._by_size.items() if self._steps_of[size] > 1}
-        lately = {size: low for size, low in every.items() if self._now - self._met_at[size] <= REMEMBERED}
+        lately = {size: low for size, low in every.items() if self._met_lately(size)}
         return lately if self.prior is not None or _apart(lately) else every
+
+    def _stalls(self, size: int, seconds: float) -> bool:
+        """Whether a step is slow for its size; of a size that is new, whether the last one of a known size was."""
+        if self._met_lately(size) and self._steps_of[size] > 1:
+            self._slow = seconds > STALLED * self._by_size[size].low()
+        return self._slow
+
+    def _met_lately(self, size: int) -> bool:
+        return size in self._met_at and self._now - self._met_at[size] <= REMEMBERED
 
     def pace_over(self, seconds: float) -> float:
         """Expected mean pace of the coming `seconds`, at least 1: today's, which returns to that of the whole pass.
@@ -236,6 +251,10 @@ class _Spread:
             kept.popleft()
             at.popleft()
         self.kept, self._at = kept, at
+
+
+def _ratio(line: StepTime) -> float:
+    return line.fixed_seconds / line.row_seconds
 
 
 def _apart(seconds_by_size: Mapping[int, float]) -> bool:

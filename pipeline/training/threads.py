@@ -7,10 +7,13 @@ import torch
 
 
 @contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Inside, so many; None: as many as before."""
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Inside, so many, at least 1; None: as it is."""
+    if number is None:
+        yield
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(number)
     try:
         yield
     finally:

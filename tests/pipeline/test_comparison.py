@@ -117,6 +117,15 @@ def test_past_rows_that_a_run_would_not_learn_again_are_refused(config: UpdateCo
         run_strategy("rehearsed", overridden(config, replaying.overrides), SPEC, stream, seed=0)
 
 
+def test_threads_that_a_run_would_not_have_are_refused(config: UpdateConfig) -> None:
+    for allowed in ("auto", "1"):
+        jobs_of(config, [Strategy(name="quick", overrides=(f"training.threads={allowed}",))], 2)
+    with pytest.raises(
+        ConfigError, match=r"strategy 'quick': training\.threads = 4 is not heeded .* leave training\.threads at"
+    ):
+        jobs_of(config, [Strategy(name="quick", overrides=("training.threads=4",))], 2)
+
+
 def test_overridden_settings_keep_all_others(config: UpdateConfig) -> None:
     changed = overridden(config, ["training.batch_size=8"])
     assert changed.training.batch_size == 8

@@ -86,6 +86,28 @@ def test_a_size_that_was_met_in_a_stall_alone_is_forgotten(prior: StepTime | Non
     assert fit.line.row_seconds == pytest.approx(TRUE.row_seconds, rel=0.05)
 
 
-def test_an_earlier_line_without_a_fixed_cost_is_measured_anew() -> None:
-    assert not StepTimeFit(prior=StepTime(fixed_seconds=0.0, row_seconds=1e-5)).known
-    assert StepTimeFit(prior=TRUE).known
+def test_a_size_that_is_met_again_has_forgotten_the_stall() -> None:
+    fit = StepTimeFit(prior=TRUE)
+    _steps(fit, 256, 1.0)
+    _steps(fit, 256, 20.0, slower=3.4)
+    _steps(fit, 2048, 1.0, slower=3.4)
+    _steps(fit, 256, 200.0)
+    _steps(fit, 2048, 0.2)
+    _steps(fit, 256, 0.2)
+    assert fit.line.fixed_seconds == pytest.approx(TRUE.fixed_seconds, rel=0.05)
+
+
+@pytest.mark.parametrize("times", [1.5, 0.6, 4.0, 0.25])
+def test_what_two_sizes_told_stays_told_at_one_size_and_moves_by_a_factor_of_two_at_most(times: float) -> None:
+    earlier = StepTime(fixed_seconds=times * TRUE.fixed_seconds, row_seconds=TRUE.row_seconds)
+    fit = StepTimeFit(prior=earlier)
+    for _ in range(20):
+        for rows in (256, 512):
+            _steps(fit, rows, 0.5)
+    together = fit.line
+    assert together.fixed_seconds / together.row_seconds == pytest.approx(200, rel=0.35)
+    _steps(fit, 512, 300.0)
+    moved = fit.line.fixed_seconds / fit.line.row_seconds / (200 * times)
+    assert min(1 / times, 1) < moved < max(1 / times, 1)
+    assert 0.5 <= moved <= 2
+    assert fit.line.seconds(512) == pytest.approx(TRUE.seconds(512), rel=0.01)

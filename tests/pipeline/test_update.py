@@ -34,6 +34,7 @@ from pipeline.training.batch_size import FixedBatch
 from pipeline.training.choose_threads import ChosenThreads
 from pipeline.training.learn import learn
 from pipeline.training.processes import Processes
+from pipeline.training.threads import torch_threads
 from pipeline.update import run_update
 
 TOML = """
@@ -165,10 +166,11 @@ def _remembered(state: ModelState) -> dict[str, np.ndarray]:
 def test_a_model_keeps_the_threads_that_it_was_found_fastest_with(
     config: UpdateConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spec = load_spec(config.dataset)
     _write_hour(config, 0)
     _write_hour(config, 1)
     _ingest(config)
-    monkeypatch.setattr("pipeline.model_state.choose_threads", lambda *_, **__: ChosenThreads(number=2, notes=("two",)))
+    monkeypatch.setattr("pipeline.model_state.choose_threads", lambda *_, **__: ChosenThreads(fastest=2, notes=("two",)))
     first = run_update(config)
     assert first is not None
     assert "two" in first.notes
@@ -176,9 +178,15 @@ def test_a_model_keeps_the_threads_that_it_was_found_fastest_with(
     second = run_update(config)
     assert second is not None
     assert "two" not in second.notes
-    assert read_manifest(config.model_dir, 2).threads == 1, "no more than there are"
+    assert read_manifest(config.model_dir, 2).fastest_threads == 2
+    learner = restore_or_create(config, spec).learner
+    assert learner.threads == 1, "no more than torch has"
+    with torch_threads(4):
+        assert learner.threads == 2
+        learner.processes = Processes(rank=0, count=2)
+        assert learner.threads is None
     asked = config.model_copy(update={"training": config.training.model_copy(update={"threads": 3})})
-    assert restore_or_create(asked, load_spec(config.dataset)).learner.threads == 3
+    assert restore_or_create(asked, spec).learner.threads == 3
 
 
 def test_hours_are_learned_in_order_and_the_model_gets_better(config: UpdateConfig) -> None:
