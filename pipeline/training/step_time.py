@@ -187,6 +187,8 @@ class StepTimeFit:
         """Whether a step is slow for its size; of a size that is new, whether the last one of a known size was."""
         if self._met_lately(size) and self._steps_of[size] > 1:
             self._slow = seconds > STALLED * self._by_size[size].low()
+        elif not any(self._met_lately(known) for known in self._met_at):
+            self._slow = False
         return self._slow
 
     def _met_lately(self, size: int) -> bool:

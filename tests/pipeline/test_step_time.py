@@ -111,3 +111,13 @@ def test_what_two_sizes_told_stays_told_at_one_size_and_moves_by_a_factor_of_two
     assert min(1 / times, 1) < moved < max(1 / times, 1)
     assert 0.5 <= moved <= 2
     assert fit.line.seconds(512) == pytest.approx(TRUE.seconds(512), rel=0.01)
+
+
+def test_a_new_size_tells_in_the_end_where_all_stays_slow() -> None:
+    fit = StepTimeFit()
+    _steps(fit, 256, 1.0)
+    _steps(fit, 256, 1.0, slower=4)
+    _steps(fit, 512, 130.0, slower=4)
+    _steps(fit, 1024, 1.0, slower=4)
+    assert fit.line.fixed_seconds == pytest.approx(4 * TRUE.fixed_seconds, rel=0.05)
+    assert fit.line.row_seconds == pytest.approx(4 * TRUE.row_seconds, rel=0.05)
