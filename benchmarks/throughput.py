@@ -199,10 +199,10 @@ Makers = dict[str, Callable[[], Contender]]
 
 
 def _contenders(kind: str, batch: int, log: ClickLog, spec: DatasetSpec, device: torch.device, *, compiled: bool) -> Makers:
-    compiling = [f"training.compile_dense_network={str(compiled).lower()}"]
+    fixed = [f"training.compile_dense_network={str(compiled).lower()}", f"training.threads={torch.get_num_threads()}"]
 
     def ours(precision: str) -> Ours:
-        return Ours(log, spec, kind, batch, hidden=HIDDEN, settings=[f"training.precision={precision}", *compiling])
+        return Ours(log, spec, kind, batch, hidden=HIDDEN, settings=[f"training.precision={precision}", *fixed])
 
     shape = ours("fp32").architecture
 
