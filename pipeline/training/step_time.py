@@ -85,7 +85,7 @@ class StepTimeFit:
     """The line so far."""
 
     prior: StepTime | None = None
-    """As an earlier update measured it."""
+    """As an earlier update measured it; without a fixed cost it was not told from that of rows, and counts for nothing."""
     pace: float = 1.0
     """Seconds that steps took over those of undisturbed steps, at least 1."""
     _latest: "_Spread" = field(default_factory=lambda: _Spread(KEPT))
@@ -122,6 +122,10 @@ class StepTimeFit:
         self._measure_pace(steps * self.line.seconds(size), seconds)
 
     @property
+    def _earlier(self) -> StepTime | None:
+        return self.prior if self.prior is not None and self.prior.fixed_seconds > 0 else None
+
+    @property
     def measured(self) -> bool:
         """Whether the line is more than an earlier one, and f and d can be told apart."""
         return bool(self._latest.kept) and self.known
@@ -129,7 +133,7 @@ class StepTimeFit:
     @property
     def known(self) -> bool:
         """Whether f and d can be told apart."""
-        return self.prior is not None or _apart(self._typical())
+        return self._earlier is not None or _apart(self._typical())
 
     @property
     def line(self) -> StepTime:
@@ -155,23 +159,23 @@ class StepTimeFit:
         """f and d up to a common factor."""
         if _apart(typical := self._typical()):
             line = line_through(*self._with_prior(typical))
-            if self.prior is not None and 1 / CREDIBLE <= _ratio(line) / _ratio(self.prior) <= CREDIBLE:
+            if self._earlier is not None and 1 / CREDIBLE <= _ratio(line) / _ratio(self._earlier) <= CREDIBLE:
                 self._told = line
             return line
-        if self.prior is not None:
-            return self._told or self.prior
+        if self._earlier is not None:
+            return self._told or self._earlier
         return line_through({size: of.low() for size, of in self._by_size.items()})
 
     def _with_prior(self, typical: Mapping[int, float]) -> tuple[dict[int, float], list[float]]:
         """The sizes with their numbers of measurements; and the earlier line at today's scale, for `PRIOR_COUNTS` of each: a
         size that was met a few times only, when all was slow, does not upset it."""
-        if self.prior is None:
+        if self._earlier is None:
             return dict(typical), [float(len(self._by_size[size].kept)) for size in typical]
-        scale = _low([seconds / self.prior.seconds(size) for size, seconds in self._latest.kept])
+        scale = _low([seconds / self._earlier.seconds(size) for size, seconds in self._latest.kept])
         mean: dict[int, float] = {}
         weights: list[float] = []
         for size, seconds in typical.items():
-            count, before = len(self._by_size[size].kept), scale * self.prior.seconds(size)
+            count, before = len(self._by_size[size].kept), scale * self._earlier.seconds(size)
             mean[size] = (count * seconds + PRIOR_COUNTS * before) / (count + PRIOR_COUNTS)
             weights.append(count + PRIOR_COUNTS)
         return mean, weights
@@ -181,7 +185,7 @@ class StepTimeFit:
         tell f from d."""
         every = {size: of.low() for size, of in self._by_size.items() if self._steps_of[size] > 1}
         lately = {size: low for size, low in every.items() if self._met_lately(size)}
-        return lately if self.prior is not None or _apart(lately) else every
+        return lately if self._earlier is not None or _apart(lately) else every
 
     def _stalls(self, size: int, seconds: float) -> bool:
         """Whether a step is slow for its size; of a size that is new, whether the last one of a known size was."""

@@ -121,3 +121,12 @@ def test_a_new_size_tells_in_the_end_where_all_stays_slow() -> None:
     _steps(fit, 1024, 1.0, slower=4)
     assert fit.line.fixed_seconds == pytest.approx(4 * TRUE.fixed_seconds, rel=0.05)
     assert fit.line.row_seconds == pytest.approx(4 * TRUE.row_seconds, rel=0.05)
+
+
+def test_an_earlier_line_without_a_fixed_cost_counts_for_nothing() -> None:
+    fit = StepTimeFit(prior=StepTime(fixed_seconds=0.0, row_seconds=1e-5))
+    assert not fit.known
+    for rows in (256, 512):
+        _steps(fit, rows, 0.5)
+    assert fit.known
+    assert fit.line.fixed_seconds == pytest.approx(TRUE.fixed_seconds, rel=0.01)
