@@ -160,7 +160,7 @@ def _hour(
     hour = Hour(
         rows=rows, learned=learned, affordable=affordable, seconds=machine.now, reserve=reserve, unreached=rows - position
     )
-    return hour, machine.now - stopped, fit.line if fit.line.fixed_seconds else prior
+    return hour, machine.now - stopped, fit.for_the_next or prior
 
 
 def _affordable(rows: int, batch: int, line: float, seed: list[int]) -> int:

@@ -228,8 +228,7 @@ class _Entrant:
 
     def _policy(self) -> BatchPolicy:
         """A new one for each window, that knows how long steps took in the window before."""
-        told = self._fit.measured and self._fit.line.fixed_seconds > 0
-        self._fit = StepTimeFit(prior=self._fit.line if told else self._fit.prior)
+        self._fit = StepTimeFit(prior=self._fit.for_the_next)
         return batch_policy(self._config.training, fit=self._fit, noise_scale=lambda: self.learner.noise_scale.last)
 
     def _probe(self, number: int, *, passed: float, rows: int, seconds: float) -> None:

@@ -131,6 +131,11 @@ class StepTimeFit:
         return bool(self._latest.kept) and self.known
 
     @property
+    def for_the_next(self) -> StepTime | None:
+        """What a later fit starts from: the line, where it tells f from d; else what this one started from."""
+        return self.line if self.measured and self.line.fixed_seconds > 0 else self.prior
+
+    @property
     def known(self) -> bool:
         """Whether f and d can be told apart."""
         return self._earlier is not None or _apart(self._typical())

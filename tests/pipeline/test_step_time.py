@@ -130,3 +130,5 @@ def test_an_earlier_line_without_a_fixed_cost_counts_for_nothing() -> None:
         _steps(fit, rows, 0.5)
     assert fit.known
     assert fit.line.fixed_seconds == pytest.approx(TRUE.fixed_seconds, rel=0.01)
+    assert fit.for_the_next == fit.line
+    assert StepTimeFit(prior=TRUE).for_the_next == TRUE
