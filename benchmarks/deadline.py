@@ -32,6 +32,7 @@ from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import reserve_seconds
+from pipeline.training.noise_scale import NoiseScale
 from pipeline.training.step_time import StepTime, StepTimeFit
 from pipeline.update import run_update
 
@@ -143,7 +144,8 @@ def _hour(
     reserve = reserve_seconds(tails, budget_seconds=BUDGET_SECONDS, min_reserve_seconds=1.0)
     line = BUDGET_SECONDS - reserve
     machine, fit = Machine(np.random.default_rng(seed)), StepTimeFit(prior=prior)
-    policy = batch_policy(TrainingConfig(batch_policy=how, **TRAINING), fit=fit, noise_scale=lambda: NOISE_SCALE)  # type: ignore[arg-type]
+    training = TrainingConfig(batch_policy=how, **TRAINING)  # type: ignore[arg-type]
+    policy = batch_policy(training, fit=fit, noise=NoiseScale(last=NOISE_SCALE, at_least=NOISE_SCALE))
     position, learned, step, largest = 0, 0, 0, 1
     while position < rows and machine.now < line:
         decision = policy.decide(step=step, position=position, remaining=rows - position, seconds_left=line - machine.now)

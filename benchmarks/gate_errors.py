@@ -158,7 +158,7 @@ def _learned(
         state, rows.examples, rows.encoded, spec, hour=rows.seed[-1] - 1, counted_rows=np.flatnonzero(kept_R)
     )
     learner = state.learner
-    policy = batch_policy(config.training, fit=StepTimeFit(), noise_scale=lambda: learner.noise_scale.last)
+    policy = batch_policy(config.training, fit=StepTimeFit(), noise=learner.noise_scale)
     learn(learner, encoded, seed=rows.seed, policy=policy, kept_R=kept_R)
     return predicted(state, encoded, rows.held_out)
 

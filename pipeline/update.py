@@ -307,7 +307,7 @@ def _learn(
     learner = state.learner
     fit = StepTimeFit(prior=learner.processes.from_first(lambda: earlier_step_time(read_history(config.model_dir))))
     refuse_too_small(config, deadline, fit.prior)
-    policy = batch_policy(training, fit=fit, noise_scale=lambda: learner.noise_scale.last)
+    policy = batch_policy(training, fit=fit, noise=learner.noise_scale)
     sampled = sample_window(config.sampling, rows.examples, rows.encoded, spec, seed=rows.seed)
     sampled = with_replay(state.replay, sampled, config.sampling, spec, state.ids, seed=rows.seed, hour=window.start)
     sampled = without_rows(sampled, rows.held_out)

@@ -229,7 +229,7 @@ class _Entrant:
     def _policy(self) -> BatchPolicy:
         """A new one for each window, that knows how long steps took in the window before."""
         self._fit = StepTimeFit(prior=self._fit.for_the_next)
-        return batch_policy(self._config.training, fit=self._fit, noise_scale=lambda: self.learner.noise_scale.last)
+        return batch_policy(self._config.training, fit=self._fit, noise=self.learner.noise_scale)
 
     def _probe(self, number: int, *, passed: float, rows: int, seconds: float) -> None:
         labels_P = self._probe_window.predicted.labels_R[self._probe_rows]

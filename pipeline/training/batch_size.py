@@ -10,13 +10,14 @@ row meets few examples of a batch, whatever its size, so that to the tables a ro
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pipeline.config import TrainingConfig
 from pipeline.outcome import PlanRecord
 from pipeline.training.learning_rate import JUMP, Rates
+from pipeline.training.noise_scale import NoiseScale
 from pipeline.training.step_time import StepTime, StepTimeFit
 
 FLOOR_SHARE = 9
@@ -198,6 +199,7 @@ def best_size(
     seconds_left: float,
     step_time: StepTime,
     noise_scale: float,
+    at_least: float | None = None,
     smallest: int,
     reference: int,
     largest: int,
@@ -214,6 +216,8 @@ def best_size(
         remaining: R, at least 1.
         seconds_left: T; infinite without a deadline.
         noise_scale: N, above 0.
+        at_least: what N is surely; as long as time is plentiful, it is taken for N, since a batch that is too small costs only
+            time. None: N itself.
         smallest: batch.
         reference: batch, for which the rates were set.
         largest: batch.
@@ -231,7 +235,8 @@ def best_size(
     needed, calm = sees_all(seconds_left), sees_all(CALM_SHARE * seconds_left)
     best = max(quickest_batch(noise_scale, step_time), smallest)
     if needed <= min(best, largest):
-        size = allowed(max(needed, min(calm, best), min(noise_scale / FLOOR_SHARE, reference), smallest))
+        sure = noise_scale if at_least is None else min(at_least, noise_scale)
+        size = allowed(max(needed, min(calm, best), min(sure / FLOOR_SHARE, reference), smallest))
         return Size(
             batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains", all_rows=True
         )
@@ -258,8 +263,8 @@ class PlannedSize:
     reference: int
     micro_batch: int
     fit: StepTimeFit
-    noise_scale: Callable[[], float | None]
-    """As measured so far."""
+    noise: NoiseScale
+    """As measured so far, and on."""
     _current: Size | None = None
     _planned_at: int = 0
     _chunks: int = 0
@@ -307,13 +312,13 @@ class PlannedSize:
 
     def _plan(self, remaining: int, seconds_left: float, line: StepTime) -> Size:
         step_time = line.slower(self.fit.pace_over(seconds_left))
-        measured = self.noise_scale()
         return best_size(
             self.how,
             remaining=remaining,
             seconds_left=PLANNED_SHARE * (seconds_left - step_time.seconds(self.smallest)),
             step_time=step_time,
-            noise_scale=FLOOR_SHARE * self.reference if measured is None else measured,
+            noise_scale=FLOOR_SHARE * self.reference if self.noise.last is None else self.noise.last,
+            at_least=0.0 if self.noise.at_least is None else self.noise.at_least,
             smallest=self.smallest,
             reference=self.reference,
             largest=self.largest,
@@ -339,7 +344,7 @@ class Planned:
 
     sizes: Sizes
     rates: Rates
-    noise_scale: Callable[[], float | None] = lambda: None
+    noise: NoiseScale = field(default_factory=NoiseScale)
     rewarm_steps: int = 0
     _last: Decision | None = None
     _size: Size | None = None
@@ -352,7 +357,7 @@ class Planned:
         """Size first, then the rates."""
         size = self.sizes.choose(position=position, remaining=remaining, seconds_left=seconds_left)
         if size is not self._size:
-            self._settled_noise = self.noise_scale()
+            self._settled_noise = self.noise.last
             self._rows_planned = round(size.keep_rate * remaining)
         progress = position / (position + remaining)
         rate = self.rates.dense(size.batch_size, self._settled_noise, progress)
@@ -385,15 +390,16 @@ def batch_policy(
     training: TrainingConfig,
     *,
     fit: StepTimeFit | None = None,
-    noise_scale: Callable[[], float | None] = lambda: None,
+    noise: NoiseScale | None = None,
 ) -> BatchPolicy:
     """The policy that the settings ask for.
 
     Args:
         training: settings.
         fit: of the step time, with what an earlier update measured.
-        noise_scale: asked whenever a plan is made.
+        noise: looked at whenever a plan is made; None: never measured.
     """
+    noise = noise or NoiseScale()
     micro, sizes = training.micro_batch, FixedSize(batch_size=training.batch_size)
     match training.batch_policy:
         case "fixed":
@@ -408,6 +414,6 @@ def batch_policy(
                 reference=training.reference,
                 micro_batch=micro,
                 fit=fit or StepTimeFit(),
-                noise_scale=noise_scale,
+                noise=noise,
             )
-    return Planned(sizes=chosen, rates=Rates.of(training), noise_scale=noise_scale, rewarm_steps=training.rewarm_steps)
+    return Planned(sizes=chosen, rates=Rates.of(training), noise=noise, rewarm_steps=training.rewarm_steps)

@@ -11,10 +11,15 @@ from data_schemas.errors import ConfigError
 from pipeline.config import TrainingConfig, load_config
 from pipeline.training.batch_size import BatchPolicy, Decision, Size, batch_policy, best_size, quickest_batch, whole, worth
 from pipeline.training.budget import Deadline, earlier_step_time, refuse_too_small, reserve_seconds
+from pipeline.training.noise_scale import NoiseScale
 from pipeline.training.step_time import StepTime, StepTimeFit
 
 TIME = StepTime(fixed_seconds=0.002, row_seconds=1 / 60_000)
 POLICIES = ("fixed", "linear_ramp", "deadline", "goodput")
+
+
+def _known(noise_scale: float) -> NoiseScale:
+    return NoiseScale(last=noise_scale, at_least=noise_scale)
 
 
 def _size(how: Any = "goodput", **changed: Any) -> Size:
@@ -33,6 +38,12 @@ def test_with_time_enough_no_noise_scale_asks_for_more_than_the_reference() -> N
     assert _size(seconds_left=1e9, noise_scale=1e6).batch_size == 512
     calm = whole(1_000_000 * 0.002 / (0.85 * 22 - 1_000_000 / 60_000), 64)
     assert _size(seconds_left=22.0, noise_scale=1e6).batch_size == calm > 512
+
+
+def test_only_where_time_is_plentiful_the_noise_scale_counts_as_what_it_surely_is() -> None:
+    assert _size(seconds_left=1e9, at_least=9 * 128.0).batch_size == 128
+    assert _size(seconds_left=1e9, at_least=1e9) == _size(seconds_left=1e9)
+    assert _size(remaining=5_900_000, at_least=9 * 128.0) == _size(remaining=5_900_000)
 
 
 def test_overload_is_answered_as_the_design_has_it() -> None:
@@ -123,7 +134,7 @@ def test_a_ramp_grows_to_the_largest_batch() -> None:
 @pytest.mark.parametrize("name", ["deadline", "goodput"])
 def test_overload_ends_in_time_with_what_could_be_afforded(name: str) -> None:
     training = TrainingConfig(batch_policy=name, micro_batch_size=256, max_batch_size=4096)  # type: ignore[arg-type]
-    decisions = _decisions(batch_policy(training, noise_scale=lambda: 3000.0), 3_000_000, 20.0)
+    decisions = _decisions(batch_policy(training, noise=_known(3000.0)), 3_000_000, 20.0)
     assert min(decision.keep_rate for decision in decisions) < 0.6
     spent = sum(TIME.seconds(decision.batch_size) for decision in decisions)
     assert 0.95 * 20 < spent < 20.1
@@ -132,7 +143,7 @@ def test_overload_ends_in_time_with_what_could_be_afforded(name: str) -> None:
 def test_a_slow_machine_is_met_with_larger_batches() -> None:
     training = TrainingConfig(batch_policy="deadline", micro_batch_size=64, min_batch_size=64, max_batch_size=4096)
     quick, slow = (
-        _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise_scale=lambda: 1.0), 100_000, 5.0, slower)[50]
+        _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise=_known(1.0)), 100_000, 5.0, slower)[50]
         for slower in (1.0, 2.0)
     )
     assert slow.batch_size > 2 * quick.batch_size
@@ -141,7 +152,7 @@ def test_a_slow_machine_is_met_with_larger_batches() -> None:
 @pytest.mark.parametrize("name", ["deadline", "goodput"])
 def test_costs_are_not_measured_where_there_is_time_enough_whatever_they_are(name: str) -> None:
     training = TrainingConfig(batch_policy=name, batch_size=1024, micro_batch_size=1024, max_batch_size=8192)  # type: ignore[arg-type]
-    policy = batch_policy(training, noise_scale=lambda: 9 * 400.0)
+    policy = batch_policy(training, noise=_known(9 * 400.0))
     sizes = [decision.batch_size for decision in _decisions(policy, 200_000, 1e4)]
     assert sizes[:2] == [1024, 1024]
     assert set(sizes[2:]) == {512}
@@ -151,7 +162,7 @@ def test_a_stall_leaves_a_long_plan_nearly_whole() -> None:
     """Steps that take 1.3 s, in a pass of ten minutes that has time for all rows; for 30 s they take four times as long."""
     slow_steps = StepTime(fixed_seconds=100 * TIME.fixed_seconds, row_seconds=100 * TIME.row_seconds)
     training = TrainingConfig(batch_policy="goodput", micro_batch_size=128, max_batch_size=8192)
-    policy = batch_policy(training, fit=StepTimeFit(prior=slow_steps), noise_scale=lambda: 3000.0)
+    policy = batch_policy(training, fit=StepTimeFit(prior=slow_steps), noise=_known(3000.0))
     rows, position, learned, left = 240_000, 0, 0, 600.0
     while position < rows and left > 0:
         decision = policy.decide(step=0, position=position, remaining=rows - position, seconds_left=left)
@@ -187,7 +198,7 @@ def test_a_jump_in_the_batch_warms_the_rate_up() -> None:
         rewarm_steps=4,
     )
     fit = StepTimeFit(prior=TIME)
-    policy = batch_policy(training, fit=fit, noise_scale=lambda: 1.0)
+    policy = batch_policy(training, fit=fit, noise=_known(1.0))
     first = policy.decide(step=0, position=0, remaining=1_000_000, seconds_left=1e9)
     policy.observe(steps=1, rows=256, seconds=TIME.seconds(256))
     later = [policy.decide(step=n, position=10_000, remaining=990_000, seconds_left=18.0) for n in range(1, 7)]

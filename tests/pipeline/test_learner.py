@@ -310,7 +310,7 @@ def test_a_plan_that_changes_and_leaves_rows_out_replays_to_the_same_bits(
         "sparse_step_rows": sparse_step_rows,
     }
     stopped, times = _learner(small_spec, **settings), iter(np.arange(0, 100_000.0))
-    policy = batch_policy(stopped.config, noise_scale=lambda: stopped.noise_scale.last)
+    policy = batch_policy(stopped.config, noise=stopped.noise_scale)
     deadline = Deadline(started=0, budget_seconds=70, reserve_seconds=10, clock=lambda: float(next(times)))
     strata_R = (window.labels_R > 0).astype(np.int32)
     learned = learn(stopped, window, seed=[1], policy=policy, deadline=deadline, stratum_R=strata_R)
@@ -339,7 +339,7 @@ def test_batches_that_are_cut_ahead_change_no_bit_and_no_plan(
     learners, passes = [], []
     for ahead in (True, False):
         learner, times = _learner(small_spec, **settings), iter(np.arange(0, 100_000.0))
-        policy = batch_policy(learner.config, noise_scale=lambda learner=learner: learner.noise_scale.last)  # type: ignore[misc]
+        policy = batch_policy(learner.config, noise=learner.noise_scale)
         budget = 40 if policy_name != "fixed" else 150
         deadline = Deadline(
             started=0,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.training.noise_scale import NoiseScale, spread_at_fixed_weights, spread_of
+from pipeline.training.noise_scale import NoiseScale, Spread, spread_at_fixed_weights, spread_of
 
 TRUE_MEAN_P = np.linspace(0.1, 1.0, 20)
 DEVIATION_P = np.linspace(4.0, 2.0, 20)
@@ -29,6 +29,35 @@ def test_the_noise_scale_is_within_5_percent_also_across_batch_changes(sizes: li
     assert scale.averages.noise == pytest.approx(NOISE, rel=0.05)
     assert scale.averages.signal == pytest.approx(SIGNAL, rel=0.05)
     assert scale.last == pytest.approx(NOISE / SIGNAL, rel=0.05)
+
+
+def test_what_it_surely_is_holds_at_the_rate_of_one_standard_error_and_comes_close_with_measurements() -> None:
+    """A mean is at most one standard error too low in 84 of 100 cases."""
+    rng, surely, close = np.random.default_rng(4), [], []
+    for _ in range(400):
+        scale = NoiseScale(decay=0.95)
+        for number in range(120):
+            scale.add(_spread(rng, [64] * 2))
+            if number in (9, 119) and scale.at_least is not None:
+                (surely if number == 9 else close).append(scale.at_least)
+    assert len(surely) >= 350
+    assert np.mean(np.array(surely) <= NOISE / SIGNAL) == pytest.approx(0.84, abs=0.06)
+    assert np.mean(np.array(close) <= NOISE / SIGNAL) == pytest.approx(0.84, abs=0.06)
+    assert np.median(surely) < np.median(close) < NOISE / SIGNAL
+
+
+def test_a_measurement_without_signal_makes_the_scale_no_larger_than_it_surely_is() -> None:
+    scale = NoiseScale()
+    for signal in (1.0, 0.8, 1.2, 0.9):
+        scale.add(Spread(noise=1000.0, signal=signal))
+    before = scale.at_least
+    for signal in (-2.0, -1.0):
+        scale.add(Spread(noise=1000.0, signal=signal))
+    assert scale.last is not None
+    assert before is not None
+    assert scale.at_least is not None
+    assert 800 < before < 1000 < 1e4 < scale.last
+    assert scale.at_least < 3000
 
 
 def test_equal_micro_batches_give_the_formula_of_the_paper() -> None:
@@ -64,3 +93,14 @@ def test_a_restored_scale_goes_on_bit_for_bit() -> None:
     scale.add(one_more)
     restored.add(one_more)
     assert restored.state() == scale.state()
+
+
+def test_a_scale_that_was_saved_without_its_error_is_taken_to_have_none() -> None:
+    rng, scale, restored = np.random.default_rng(5), NoiseScale(), NoiseScale()
+    for _ in range(5):
+        scale.add(_spread(rng, [64] * 3))
+    restored.load(scale.state()[:5])
+    assert (restored.last, restored.at_least) == (scale.last, scale.last)
+    spread = Spread(noise=restored.averages.noise, signal=restored.averages.signal)
+    restored.add(spread)
+    assert restored.at_least == pytest.approx(restored.last)
