@@ -115,8 +115,9 @@ class HistoryBank:
         written = np.where(slots >= 0, self._written_S[slots], 0)
         counts = np.minimum(written, length)
         owner_V, nth_V = _places(counts)
-        place_V = (written - counts)[owner_V] + nth_V
-        values_FV = self._ids_FSL.reshape(len(self._ids_FSL), -1)[:, slots[owner_V] * length + place_V % length]
+        place_V = (written - counts).take(owner_V) + nth_V
+        at_V = slots.take(owner_V) * length + place_V % length
+        values_FV = np.stack([plane_SL.reshape(-1).take(at_V) for plane_SL in self._ids_FSL])
         return values_FV, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
     def _append(self, examples: Examples, rows: I64, slot_U: I64, end_U: I64, kept_U: I64) -> None:

@@ -9,6 +9,7 @@ Letters: R rows, U distinct new keys, P buckets that get new keys, W ways of a b
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,9 @@ class KeyIndex:
         for start in range(0, len(keys_R), BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
             bucket = self._buckets(keys_R[block])
-            slots = bucket * self._ways + (keys_BW[bucket] == keys_R[block, None]).argmax(axis=1)
-            found = (self._keys[slots] == keys_R[block]) & (keys_R[block] != MISSING)
-            slots_R[block] = np.where(found, slots, -1)
+            way = _first_true(keys_BW.take(bucket, axis=0) == keys_R[block, None])
+            found = (way < self._ways) & (keys_R[block] != MISSING)
+            slots_R[block] = np.where(found, bucket * self._ways + way, -1)
         return slots_R
 
     def new_share(self, keys_R: U64) -> float:
@@ -111,7 +112,7 @@ class KeyIndex:
         """
         slots_R = self.find(keys_R)
         found = slots_R[slots_R >= 0]
-        used_hour = self._used_hour[found]
+        used_hour = self._used_hour.take(found)
         self._used_hour[found] = IN_USE
         new_R = (slots_R < 0) & (keys_R != MISSING)
         num_evicted = self._place(_distinct(keys_R[new_R]), now_hour)
@@ -184,16 +185,21 @@ class KeyIndex:
 
     def _place(self, new_keys_U: U64, now_hour: int) -> int:
         """Give slots to distinct keys that are not stored, smallest first; returns how many keys gave way."""
-        bucket_U = self._buckets(new_keys_U)
-        order_U = np.argsort(bucket_U, kind="stable")
-        first_P = run_starts(bucket_U[order_U])
+        bucket_U, order_U = _in_order(self._buckets(new_keys_U))
+        first_P = run_starts(bucket_U)
         count_P = np.diff(first_P, append=len(order_U))
         rank_U = np.arange(len(order_U)) - np.repeat(first_P, count_P)
-        leaves_PW = np.argsort(self._used_hour.reshape(-1, self._ways)[bucket_U[order_U[first_P]]], axis=1, kind="stable")
+        used_PW = self._used_hour.reshape(-1, self._ways).take(bucket_U[first_P], axis=0)
+        way_U = np.repeat(_least(used_PW), count_P)
+        many_P = np.flatnonzero(count_P > 1)
+        leaves_MW = np.argsort(used_PW[many_P], axis=1, kind="stable")
+        of_many_U = np.repeat(count_P > 1, count_P) & (rank_U < self._ways)
+        way_U[of_many_U] = leaves_MW[
+            np.repeat(np.arange(len(many_P)), np.minimum(count_P[many_P], self._ways)), rank_U[of_many_U]
+        ]
         fits_U = rank_U < self._ways
-        way_U = leaves_PW[np.repeat(np.arange(len(first_P)), count_P)[fits_U], rank_U[fits_U]]
         order_U = order_U[fits_U]
-        slot_U = bucket_U[order_U] * self._ways + way_U
+        slot_U = bucket_U[fits_U] * self._ways + way_U[fits_U]
         gives_way_U = self._used_hour[slot_U] != IN_USE
         slot_U, order_U = slot_U[gives_way_U], order_U[gives_way_U]
         num_evicted = int(np.count_nonzero(self._keys[slot_U]))
@@ -258,6 +264,42 @@ def run_starts(sorted_values: npt.NDArray[Any]) -> I64:
     begins = np.ones(len(sorted_values), np.bool_)
     begins[1:] = sorted_values[1:] != sorted_values[:-1]
     return np.flatnonzero(begins)
+
+
+def _first_true(equal_RW: Bool) -> I64:
+    """`[R]` the first true column of each row, W where none is; six times as fast as `argmax` for W of eight: the bytes of a
+    row are one number, below whose lowest bit there are eight bits a column.
+
+    >>> _first_true(np.array([[False, True], [False, False]])), _first_true(np.eye(8, dtype=bool)[[6]])
+    (array([1, 2]), array([6]))
+    """
+    if equal_RW.shape[1] != 8:
+        first_R: I64 = np.where(equal_RW.any(axis=1), equal_RW.argmax(axis=1), equal_RW.shape[1])
+        return first_R
+    bytes_R: U64 = equal_RW.view("<u8")[:, 0]
+    below_R: U64 = (bytes_R & -bytes_R) - np.uint64(1)  # of 0 it is all bits: eight columns
+    columns_R: I64 = (np.bitwise_count(below_R) >> np.uint8(3)).astype(np.int64)
+    return columns_R
+
+
+def _in_order(buckets_U: I64) -> tuple[I64, I64]:
+    """The buckets rising, and what stood where, those of one bucket in their order: sorting numbers of both together is five
+    times as fast as a stable `argsort`.
+
+    >>> _in_order(np.array([7, 3, 7]))
+    (array([3, 7, 7]), array([1, 0, 2]))
+    """
+    assert len(buckets_U) < 2**31, len(buckets_U)
+    both_U = np.sort((buckets_U << 31) | np.arange(len(buckets_U)))
+    return both_U >> 31, both_U & (2**31 - 1)
+
+
+def _least(used_PW: npt.NDArray[np.int32]) -> I64:
+    """`[P]` the first way of each row with the least hour."""
+    ways = used_PW.shape[1]
+    both_PW: I64 = used_PW.astype(np.int64) * ways + np.arange(ways)
+    least_P: I64 = reduce(np.minimum, both_PW.T) % ways
+    return least_P
 
 
 def _distinct(keys: U64) -> U64:

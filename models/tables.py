@@ -93,11 +93,14 @@ class TableLayout:
         """Columns of the embeddings that are not of a history; those of the history follow them."""
         return sum(self.head_dims[: len(self.head_dims) - len(self.pools)])
 
-    def with_history(self, deep_BS: torch.Tensor, history_row_B: torch.Tensor | None) -> torch.Tensor:
-        """Each row's own embeddings beside the history of its user, which stand once a batch, in row `history_row_B`."""
+    def with_history(
+        self, deep_BS: torch.Tensor, history_row_B: torch.Tensor | None, rows: slice = slice(None)
+    ) -> torch.Tensor:
+        """Of each of `rows` its own embeddings, beside the history of its user, which stands in row `history_row_B` alone."""
         if history_row_B is None:
-            return deep_BS
-        return torch.cat([deep_BS[:, : self.plain_width], deep_BS[history_row_B, self.plain_width :]], dim=1)
+            return deep_BS[rows]
+        of_users_BH = deep_BS[:, self.plain_width :].index_select(0, history_row_B[rows])
+        return torch.cat([deep_BS[rows, : self.plain_width], of_users_BH], dim=1)
 
 
 def table_layout(spec: DatasetSpec) -> TableLayout:

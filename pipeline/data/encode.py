@@ -40,8 +40,11 @@ class Bags:
 
     def take(self, chosen: I64) -> "Bags":
         """The bags of `chosen`, in that order."""
-        positions, offsets = gathered(self.offsets, chosen)
-        return Bags(rows_V=self.rows_V[positions], weights_V=self.weights_V[positions], offsets=offsets)
+        return self.at(*gathered(self.offsets, chosen))
+
+    def at(self, positions: I64, offsets: I64) -> "Bags":
+        """Bags of the values at `positions`, as `gathered` gives both."""
+        return Bags(rows_V=self.rows_V.take(positions), weights_V=self.weights_V.take(positions), offsets=offsets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +54,16 @@ class UserBags:
     user_R: I64
     """`[R]` position of the row's user in the bags."""
     pools: Mapping[str, Bags]
-    """By key: `[U]` bags."""
+    """By key: `[U]` bags; those of a user are of one length, since they are of the same clicks."""
     ids: Mapping[str, U64] = field(default_factory=dict)
     """By key: the ids that `pools` has the rows of."""
+
+    def take(self, chosen: I64) -> dict[str, Bags]:
+        """By key: the bags of the users `chosen`, in that order."""
+        if not self.pools:
+            return {}
+        places = gathered(next(iter(self.pools.values())).offsets, chosen)
+        return {key: bags.at(*places) for key, bags in self.pools.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,12 +312,12 @@ def _user_bags(histories: Histories | None, spec: DatasetSpec, ids: IdTables, ho
     if histories is None:
         return None
     by_name = {feature.name: feature for feature in spec.categorical}
+    rows = {of: ids.rows(by_name[of], lists.values_V) for of, lists in histories.lists.items()}
     pools = {}
     for of, half_life in history_pools(spec):
         lists = histories.lists[of]
         weights_V = _decayed_weights(lists, hour - histories.hour_V, half_life)
-        rows_V = ids.rows(by_name[of], lists.values_V)
-        pools[pool_key(of, half_life)] = Bags(rows_V=rows_V, weights_V=weights_V, offsets=lists.offsets)
+        pools[pool_key(of, half_life)] = Bags(rows_V=rows[of], weights_V=weights_V, offsets=lists.offsets)
     raw = {pool_key(of, half_life): histories.lists[of].values_V for of, half_life in history_pools(spec)}
     return UserBags(user_R=histories.position_R, pools=pools, ids=raw)
 
@@ -338,12 +348,15 @@ def _give_new_rows(
 def _decayed_weights(lists: IdLists, age_hours_V: I64, half_life: float) -> F32:
     """Weights that halve in `half_life` hours and sum to 1 in each list."""
     lengths = np.diff(lists.offsets)
-    list_V = np.repeat(np.arange(len(lengths)), lengths)
-    youngest_L = np.full(len(lengths), np.inf)
-    np.minimum.at(youngest_L, list_V, age_hours_V)
-    decayed_V = np.exp2(-(age_hours_V - youngest_L[list_V]) / half_life)
-    totals_L = np.bincount(list_V, weights=decayed_V, minlength=len(lengths))
-    weights_V: F32 = (decayed_V / totals_L[list_V]).astype(np.float32)
+    if np.isinf(half_life):
+        return np.repeat((1 / np.maximum(lengths, 1)).astype(np.float32), lengths)
+    lengths = lengths[lengths > 0]
+    starts = np.cumsum(lengths) - lengths
+    if not len(starts):
+        return np.empty(0, np.float32)
+    youngest_V = np.repeat(np.minimum.reduceat(age_hours_V, starts), lengths)
+    decayed_V = np.exp2((youngest_V - age_hours_V) / half_life)
+    weights_V: F32 = (decayed_V / np.repeat(np.add.reduceat(decayed_V, starts), lengths)).astype(np.float32)
     return weights_V
 
 
@@ -351,7 +364,7 @@ def _add_histories(segments: dict[str, _Segment], histories: UserBags, rows_B: I
     """Gives the bags of each user to the first of the user's rows; `[B]` the row that carries each row's bags."""
     users, first, inverse = np.unique(histories.user_R[rows_B], return_index=True, return_inverse=True)
     in_row_order = np.argsort(first)
-    taken = {key: bags.take(users[in_row_order]) for key, bags in histories.pools.items()}
+    taken = histories.take(users[in_row_order])
     for key, bags in taken.items():
         lengths = np.zeros(len(rows_B), np.int32)
         lengths[first[in_row_order]] = np.diff(bags.offsets)

@@ -39,11 +39,8 @@ class RunningMoments:
 
         Chan, Golub & LeVeque 1979: pairwise merging, exact up to rounding whatever the order of the windows.
         """
-        present_NR = ~np.isnan(values_NR)
-        count_N = present_NR.sum(axis=1).astype(np.float64)
-        filled_NR = np.where(present_NR, values_NR, 0.0).astype(np.float64)
-        mean_N = filled_NR.sum(axis=1) / np.maximum(count_N, 1)
-        deviations_N = (np.where(present_NR, filled_NR - mean_N[:, None], 0.0) ** 2).sum(axis=1)
+        counted = [_moments(values_R[~np.isnan(values_R)].astype(np.float64)) for values_R in values_NR]
+        count_N, mean_N, deviations_N = np.array(counted, np.float64).reshape(-1, 3).T
         total_N = np.maximum(self.count_N + count_N, 1)
         shift_N = mean_N - self.mean_N
         return RunningMoments(
@@ -70,10 +67,21 @@ def normalise(transformed_NR: F32, moments: RunningMoments, *, num_flags: int) -
     Args:
         num_flags: of the first so many columns it is flagged which values are missing; the others have none missing.
     """
-    missing_NR = np.isnan(transformed_NR)
-    scaled_NR = (transformed_NR - moments.mean_N[:, None]) / moments.scale_N()[:, None]
-    values_NR = np.where(missing_NR, 0.0, np.clip(scaled_NR, -CLIP, CLIP))
-    return np.ascontiguousarray(np.concatenate([values_NR, missing_NR[:num_flags]]).T, dtype=np.float32)
+    num_features, num_rows = transformed_NR.shape
+    dense_RN = np.empty((num_rows, num_features + num_flags), np.float32)
+    for feature, (values_R, mean, scale) in enumerate(zip(transformed_NR, moments.mean_N, moments.scale_N(), strict=True)):
+        scaled_R = np.clip((values_R.astype(np.float64) - mean) / scale, -CLIP, CLIP)
+        missing_R = np.isnan(scaled_R)
+        dense_RN[:, feature] = np.where(missing_R, 0.0, scaled_R)
+        if feature < num_flags:
+            dense_RN[:, num_features + feature] = missing_R
+    return dense_RN
+
+
+def _moments(values: F64) -> tuple[float, float, float]:
+    """Count, mean and sum of squared deviations; zeros for no values."""
+    mean = float(values.mean()) if len(values) else 0.0
+    return len(values), mean, float(np.square(values - mean).sum())
 
 
 def _log1p(values: F32) -> F32:

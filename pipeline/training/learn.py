@@ -330,7 +330,7 @@ def click_rate(window: EncodedWindow, kept: slice | npt.NDArray[np.bool_] = slic
     0 or 1 where these have one label only."""
     weights_R = window.weights_R[kept].astype(np.float64)
     total = float(weights_R.sum())
-    rate = float(window.labels_R[kept] @ weights_R) / total if total > 0 else 0.0
+    rate = float((window.labels_R[kept] * weights_R).sum()) / total if total > 0 else 0.0
     if window.looks_R3 is not None and 0 < rate < 1:
         known_R = -np.expm1(window.looks_R3[kept, 1].astype(np.float64))
         rate = min(rate * total / float(known_R @ weights_R), (1 + rate) / 2)

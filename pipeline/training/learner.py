@@ -34,7 +34,7 @@ from pipeline.training.local_updates import Sharing
 from pipeline.training.noise_scale import MEASURE_EVERY, NoiseScale, spread_of
 from pipeline.training.optimizers import dense_optimizer, warmed_up
 from pipeline.training.processes import Processes
-from pipeline.training.room import advice, memory_explained, tells_of_memory
+from pipeline.training.room import advice, keep_freed_memory, memory_explained, tells_of_memory
 from pipeline.training.smoothing import MovingAverage, smooth_gradients
 from pipeline.training.sparse_step import SparseStep
 
@@ -72,6 +72,7 @@ class Learner:
         device: torch.device,
         processes: Processes | None = None,
     ) -> None:
+        keep_freed_memory()
         self.model = model
         self.config = config
         self.precision = precision
@@ -420,13 +421,15 @@ class Chunk:
 
         Those of histories go to the rows that carry them.
         """
-        deep_CS = _filled([(rows, deep_mS) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS)
         wide_CW = _filled([(rows, wide_mW) for rows, _, wide_mW in self._kept], self.pooled.wide_BW)
-        if self.batch.history_row_B is None:
-            return deep_CS, wide_CW
-        plain = layout.plain_width
-        of_history_CH = torch.zeros_like(deep_CS[:, plain:]).index_add_(0, self.batch.history_row_B, deep_CS[:, plain:])
-        return torch.cat([deep_CS[:, :plain], of_history_CH], dim=1), wide_CW
+        carrier_C, plain = self.batch.history_row_B, layout.plain_width
+        if carrier_C is None:
+            return _filled([(rows, deep_mS) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS), wide_CW
+        plain_CP = _filled([(rows, deep_mS[:, :plain]) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS[:, :plain])
+        of_history_CH = self.pooled.deep_BS.new_zeros(len(carrier_C), self.pooled.deep_BS.shape[1] - plain)
+        for rows, deep_mS, _ in self._kept:
+            of_history_CH.index_add_(0, carrier_C[rows], deep_mS[:, plain:])
+        return torch.cat([plain_CP, of_history_CH], dim=1), wide_CW
 
     def lookups(self, layout: TableLayout) -> tuple[Lookups, Lookups]:
         """What was looked up, with the gradients gathered for it."""
@@ -449,10 +452,6 @@ class _MicroBatch:
 
     def __init__(self, chunk: Chunk, rows: slice, layout: TableLayout) -> None:
         self.rows = rows
-        deep_CS, history_row_B = chunk.pooled.deep_BS.detach(), chunk.batch.history_row_B
-        deep_mS = deep_CS[rows]
-        if history_row_B is not None:
-            plain = layout.plain_width
-            deep_mS = torch.cat([deep_mS[:, :plain], deep_CS[history_row_B[rows], plain:]], dim=1)
+        deep_mS = layout.with_history(chunk.pooled.deep_BS.detach(), chunk.batch.history_row_B, rows)
         self.deep_mS = deep_mS.detach().requires_grad_()
         self.wide_mW = chunk.pooled.wide_BW.detach()[rows].requires_grad_()

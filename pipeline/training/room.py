@@ -6,7 +6,9 @@ Enters: a device, a forward pass, or an error. Leaves: bytes that are free, or k
 
 from __future__ import annotations  # torch, which takes seconds to import, is named in a signature alone
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,13 @@ from data_schemas.errors import OutOfMemory
 
 if TYPE_CHECKING:
     import torch
+
+KEPT_BLOCK_BYTES = 1 << 25
+"""The most that glibc allows: larger blocks go back to the system when they are freed."""
+KEPT_BYTES = 1 << 30
+"""That are kept free for the next step at most."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
 
 LACKING = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 """In what torch says: of a GPU in an error of its own, of the CPU in a plain RuntimeError."""
@@ -36,6 +45,17 @@ def free_bytes(device: torch.device) -> int:
     free = 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
     left = _left_in_container()
     return free if left is None else min(free, left)
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep what a step frees for the next one, where glibc would give it back to the system: most tensors of
+    a step are larger than its threshold, and to have their pages zeroed anew takes up to a tenth of a step."""
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def tells_of_memory(error: BaseException) -> bool:
