@@ -322,14 +322,18 @@ def _looked_up(collection: nn.Module, ids: KeyedJaggedTensor) -> tuple[list[str]
     """Keys, lengths of their embeddings, and the embeddings side by side.
 
     Ids that stand in the order of the tables go to fbgemm's operator as they are: the collection would take them apart by key,
-    put them together again, and copy the result.
+    put them together again, and copy the result. Nor would it say that the weights of ids are not learned, whose gradient is
+    more than a third of the backward pass.
     """
     if isinstance(collection, FusedEmbeddingBagCollection) and len(collection._emb_modules) == 1:
         configs = collection.embedding_bag_configs()
         names = [name for config in configs for name in config.feature_names]
         if ids.keys() == names:
             weights = ids.weights() if collection.is_weighted() else None
-            values_BS = collection._emb_modules[0](ids.values(), ids.offsets(), weights)
+            learned_K = torch.zeros(len(names), dtype=torch.int32, device=ids.values().device)
+            values_BS = collection._emb_modules[0]._emb_module(
+                ids.values(), ids.offsets(), weights, feature_requires_grad=learned_K if collection.is_weighted() else None
+            )
             return names, [config.embedding_dim for config in configs for _ in config.feature_names], values_BS
     pooled: KeyedTensor = collection(ids)
     return pooled.keys(), pooled.length_per_key(), pooled.values()
