@@ -6,7 +6,8 @@ Out: one table: AUC before learning of fixed batches and of `deadline` and `good
 
 All have the same seconds a window; what the last step takes beyond them, the next window has less. What a fixed batch does not
 come to in them is left out; the others plan what to leave out.
-`--seconds` of 1000 is time enough for everything; little is overload.
+`--seconds` of 1000 is time enough for everything; little is overload. In all of them the dense rate follows the batch, from that
+of the data set's own, as `--scaling` says.
 
     python benchmarks/dynamic.py synthetic --seconds 1000
     python benchmarks/dynamic.py synthetic --hours 8 --rows-per-hour 40000 --seconds 0.2
@@ -19,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 from large_batch import synthetic_stream
 from rich.console import Console
@@ -28,7 +30,7 @@ from pipeline.comparison.side_by_side import jobs_of, run_jobs
 from pipeline.comparison.strategies import Strategy
 from pipeline.comparison.stream import RecordedWindow, recorded_stream
 from pipeline.comparison.summary import compare
-from pipeline.config import UpdateConfig, load_config
+from pipeline.config import RateScaling, UpdateConfig, load_config
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.publishing.comparison_report import as_terminal_table
@@ -46,6 +48,7 @@ def main() -> None:
     cli.add_argument("--rows-per-hour", type=int, default=8_334, help="of the synthetic stream")
     cli.add_argument("--seeds", type=int, default=5)
     cli.add_argument("--workers", type=int, default=2)
+    cli.add_argument("--scaling", choices=get_args(RateScaling), default="sqrt")
     cli.add_argument("--fixed", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
     options = cli.parse_args()
     if options.seeds < 2:
@@ -60,9 +63,12 @@ def main() -> None:
 def _compare(config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedWindow], options: argparse.Namespace) -> None:
     seconds, own = f"budget.seconds={options.seconds}", config.training.batch_size
     largest = f"training.max_batch_size={max(options.fixed)}"
-    planned = (seconds, largest, f"training.reference_batch_size={own}", "training.learning_rate_scaling=noise_scale")
-    fixed = [Strategy(name=f"fixed {b}", overrides=(seconds, *_fixed(b, own))) for b in options.fixed]
-    chosen = [Strategy(name=how, overrides=(*planned, f"training.batch_policy={how}")) for how in ("deadline", "goodput")]
+    rates = (f"training.reference_batch_size={own}", f"training.learning_rate_scaling={options.scaling}")
+    fixed = [Strategy(name=f"fixed {b}", overrides=(seconds, *rates, f"training.batch_size={b}")) for b in options.fixed]
+    chosen = [
+        Strategy(name=how, overrides=(seconds, *rates, largest, f"training.batch_policy={how}"))
+        for how in ("deadline", "goodput")
+    ]
     jobs = jobs_of(config, [*fixed, *chosen], options.seeds)
     runs = []
     for run in run_jobs(jobs, spec, stream, workers=options.workers):
@@ -82,12 +88,6 @@ def _compare(config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedW
             f"{how}: AUC {lost.mean:+.4f} [{lost.low:+.4f}, {lost.high:+.4f}] from {best.strategy}, the best fixed batch in "
             f"hindsight: {verdict} {TOLERANCE}"
         )
-
-
-def _fixed(batch: int, reference: int) -> tuple[str, ...]:
-    """Rates follow the batch as they do for the planned ones."""
-    rates = ("training.learning_rate_scaling=noise_scale", f"training.reference_batch_size={reference}")
-    return (f"training.batch_size={batch}", *rates)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def _plan(
 ) -> ShardingPlan:
     constraints = {
         config.name: ParameterConstraints(
-            sharding_types=[_kind(sharding, config.num_embeddings, processes.count)],
+            sharding_types=[_kind(sharding, config.num_embeddings, processes.count, wide=part is tables.wide)],
             min_partition=LEAST_WIDTH * -(-config.embedding_dim // (LEAST_WIDTH * processes.count)),
         )
         for part in (tables.deep, tables.wide)
@@ -126,13 +126,16 @@ def _plan(
     return plan
 
 
-def _kind(sharding: Sharding, rows: int, count: int) -> str:
-    """Of one table, as torchrec calls it; one with fewer rows than there are processes is not cut by rows."""
+def _kind(sharding: Sharding, rows: int, count: int, *, wide: bool) -> str:
+    """Of one table, as torchrec calls it; one with fewer rows than there are processes is not cut by rows, and one of wide
+    weights, of which a row has but one, not by columns."""
     match sharding:
         case "auto":
             return "row_wise" if rows >= max(ROW_WISE_FROM, count) else "table_wise"
         case "row_wise":
             return "row_wise" if rows >= count else "table_wise"
+        case "column_wise" if wide:
+            return "table_wise"
         case _:
             return sharding
 
@@ -163,7 +166,7 @@ def _whole_needs(layout: TableLayout, sparse_optimizer: SparseOptimizer) -> Iter
 
 def _need(name: str, part: str, rows: int, columns: int, sparse_optimizer: SparseOptimizer) -> _Need:
     """Weights and accumulators."""
-    sums = 1 if sparse_optimizer == "rowwise_adagrad" and part == "deep" else columns
+    sums = 1 if sparse_optimizer == "rowwise_adagrad" or part == "wide" else columns
     return _Need(name, FLOAT_BYTES * rows * (columns + sums))
 
 
