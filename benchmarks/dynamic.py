@@ -6,12 +6,13 @@ Out: one table: AUC before learning of fixed batches and of `deadline` and `good
 
 All have the same seconds a window; what the last step takes beyond them, the next window has less. What a fixed batch does not
 come to in them is left out; the others plan what to leave out.
-`--seconds` of 1000 is time enough for everything; little is overload. In all of them the dense rate follows the batch, from that
-of the data set's own, as `--scaling` says.
+`--seconds` of 1000 is time enough for everything; little is overload. In all of them the dense rate follows the batch as
+`--scaling` says, from that of the data set's own batch.
 
     python benchmarks/dynamic.py synthetic --seconds 1000
     python benchmarks/dynamic.py synthetic --hours 8 --rows-per-hour 40000 --seconds 0.2
     python benchmarks/dynamic.py brunch --hours 36 --seconds 1000
+    python benchmarks/dynamic.py brunch --hours 96 --window-hours 6 --seconds 0.25
 """
 
 import argparse
@@ -45,6 +46,7 @@ def main() -> None:
     cli.add_argument("dataset", choices=("synthetic", "brunch"))
     cli.add_argument("--seconds", type=float, required=True, help="CPU seconds of learning for each window")
     cli.add_argument("--hours", type=int, default=24)
+    cli.add_argument("--window-hours", type=int, default=1, help="of brunch")
     cli.add_argument("--rows-per-hour", type=int, default=8_334, help="of the synthetic stream")
     cli.add_argument("--seeds", type=int, default=5)
     cli.add_argument("--workers", type=int, default=2)
@@ -53,9 +55,10 @@ def main() -> None:
     options = cli.parse_args()
     if options.seeds < 2:
         cli.error(f"an interval needs --seeds of at least 2, got {options.seeds}")
-    opened = (
-        synthetic_stream(options.hours, options.rows_per_hour) if options.dataset == "synthetic" else _brunch(options.hours)
-    )
+    if options.dataset == "synthetic":
+        opened = synthetic_stream(options.hours, options.rows_per_hour)
+    else:
+        opened = _brunch(options.hours, options.window_hours)
     with opened as (config, spec, stream):
         _compare(config, spec, stream, options)
 
@@ -91,7 +94,7 @@ def _compare(config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedW
 
 
 @contextmanager
-def _brunch(hours: int) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[RecordedWindow]]]:
+def _brunch(hours: int, window_hours: int) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[RecordedWindow]]]:
     if not BRUNCH.is_dir():
         raise SystemExit(f"there is no folder {BRUNCH}")
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +103,7 @@ def _brunch(hours: int) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[Re
         for file in sorted(BRUNCH.glob("*.parquet"))[:hours]:
             (landing / file.name).symlink_to(file.resolve())
         fixed = ["budget.min_reserve_seconds=0", "training.precision=fp32", "tracking.enabled=false"]
+        fixed.append(f"window.hours={window_hours}")
         config = load_config(None, ["dataset=brunch", f"landing={landing}", f"state_dir={folder}/state", *fixed])
         spec = load_spec("brunch")
         log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
