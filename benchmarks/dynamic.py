@@ -55,6 +55,8 @@ def main() -> None:
     options = cli.parse_args()
     if options.seeds < 2:
         cli.error(f"an interval needs --seeds of at least 2, got {options.seeds}")
+    if options.dataset == "synthetic" and options.window_hours != 1:
+        cli.error(f"--window-hours is of brunch, got {options.window_hours} with the synthetic stream")
     if options.dataset == "synthetic":
         opened = synthetic_stream(options.hours, options.rows_per_hour)
     else:
@@ -102,8 +104,12 @@ def _brunch(hours: int, window_hours: int) -> Iterator[tuple[UpdateConfig, Datas
         landing.mkdir()
         for file in sorted(BRUNCH.glob("*.parquet"))[:hours]:
             (landing / file.name).symlink_to(file.resolve())
-        fixed = ["budget.min_reserve_seconds=0", "training.precision=fp32", "tracking.enabled=false"]
-        fixed.append(f"window.hours={window_hours}")
+        fixed = [
+            "budget.min_reserve_seconds=0",
+            "training.precision=fp32",
+            "tracking.enabled=false",
+            f"window.hours={window_hours}",
+        ]
         config = load_config(None, ["dataset=brunch", f"landing={landing}", f"state_dir={folder}/state", *fixed])
         spec = load_spec("brunch")
         log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)

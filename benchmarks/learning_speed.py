@@ -51,6 +51,7 @@ from pipeline.data.windows import next_window, read_window
 from pipeline.model_state import admit_ids, restore_or_create
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
+from pipeline.training.room import keep_freed_memory
 
 LONG_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
 CROSSES: tuple[Cross, ...] = (("user_id", "item_id"), ("user_id", "author_id"))
@@ -63,6 +64,7 @@ WANTED = {AS_DECLARED: (0.5, (PLAIN, CROSSED, WITH_HISTORY)), WITHOUT_HISTORIES:
 
 def main() -> None:
     options = _command_line()
+    keep_freed_memory()  # as an update does
     num_hours = options.warm + options.hours * options.repetitions
     with tempfile.TemporaryDirectory() as name:
         folder, spec, settings = Path(name), load_spec("brunch"), [f"training.threads={options.threads}", *options.set]

@@ -55,6 +55,7 @@ from pipeline.evaluation.score import probabilities
 from pipeline.model_state import architecture, default_device, restore_or_create
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.learn import learn
+from pipeline.training.room import keep_freed_memory
 
 FEATURES, IDS, DIM, HIDDEN = 26, 100_000, 16, (400, 400)
 ZIPF_EXPONENT = 1.05
@@ -83,6 +84,7 @@ class Contender(Protocol):
 
 def main() -> None:
     options = _command_line()
+    keep_freed_memory()  # as an update does; the others have it too
     if options.threads:
         torch.set_num_threads(options.threads)
     device = default_device()

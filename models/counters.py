@@ -15,14 +15,14 @@ import numpy.typing as npt
 from data_schemas.dataset import Counter
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import F32, I64, Examples
-from models.key_index import FREE, KeyChanges, KeyIndex, keys_over
+from models.key_index import KeyChanges, KeyIndex, keys_over
 
 F64 = npt.NDArray[np.float64]
 
-LONGEST_TABLE = 10_000
-"""Hours: more than a year."""
-ALL: F32 = np.ones((1, 1), np.float32)
-"""What is left of counts of which none has decayed."""
+BEFORE_ALL = np.int32(-(2**31))
+"""An hour that no row is earlier than."""
+LONGEST_TABLE_HOURS = 10_000
+"""More than a year."""
 
 
 def counter_columns(counter: Counter) -> list[str]:
@@ -66,7 +66,9 @@ class CounterBank:
         slots_R = self._index.find(keys_over(examples, self.counter.over))
         stored_R = np.maximum(slots_R, 0)
         counts_RK = self._counts_SK.take(stored_R, axis=0)
-        counts_RK *= self._decay(hour - self._hour_S.take(stored_R))
+        left_RK = self._decay(np.where(slots_R < 0, 0, hour - self._hour_S.take(stored_R)))
+        if left_RK is not None:
+            counts_RK *= left_RK
         counts_RK[slots_R < 0] = 0
         counts = dict(zip(self._kinds, np.split(np.ascontiguousarray(counts_RK.T), len(self._kinds)), strict=True))
         return np.concatenate(
@@ -97,7 +99,9 @@ class CounterBank:
         before_U = self._hour_S.take(slot_U)
         hour_U = np.maximum(before_U, now)
         counted_UK = self._counted(examples, rows, hour_U, place_R)
-        self._counts_SK[slot_U] = self._counts_SK.take(slot_U, axis=0) * self._decay(hour_U - before_U) + counted_UK
+        left_UK = self._decay(hour_U - before_U)
+        counts_UK = self._counts_SK.take(slot_U, axis=0)
+        self._counts_SK[slot_U] = (counts_UK if left_UK is None else counts_UK * left_UK) + counted_UK
         self._hour_S[slot_U] = hour_U
         self._add_to_bank(examples, rows, now)
         return KeyChanges.of(keys_R, slots_R, fresh_R, num_evicted)
@@ -138,19 +142,21 @@ class CounterBank:
     def _num_spans(self) -> int:
         return len(self._half_lives_H)
 
-    def _decay(self, hours_R: npt.NDArray[np.integer[Any]]) -> F32:
-        """`[R, K]` what is left of a count after these hours, all of it where they are negative; `ALL` if that is each
-        count whole. An hour is worth the same in all rows, so that it is taken from a table of hours, as long as that is short.
+    def _decay(self, hours_R: npt.NDArray[np.integer[Any]]) -> F32 | None:
+        """`[R, K]` what is left of a count after these hours, all of it where they are negative; None if nothing has decayed.
+
+        An hour is worth the same in all rows, so that it is taken from a table of hours, as long as that is short.
         """
         longest = int(hours_R.max(initial=0))
         if longest <= 0 or np.isinf(self._half_lives_H).all():
-            return ALL
+            return None
         hours_R = np.maximum(hours_R, 0)
-        if longest > LONGEST_TABLE:
+        if longest > LONGEST_TABLE_HOURS:
             return self._left_after(hours_R)
         return self._left_after(np.arange(longest + 1)).take(hours_R, axis=0)
 
     def _left_after(self, hours_R: npt.NDArray[np.integer[Any]]) -> F32:
+        """`[R, K]`, for hours that are not negative."""
         hours_R1 = hours_R.astype(np.float32)[:, None]
         return np.tile(np.exp2(-hours_R1 / self._half_lives_H), (1, len(self._kinds)))
 
@@ -159,7 +165,7 @@ class CounterBank:
         weights_R = examples.weights_R[rows]
         added = {"clicks": weights_R * examples.labels_R[rows], "impressions": weights_R}
         left_RK = self._decay(hour_U.take(place_R) - examples.hour_R[rows])
-        if left_RK is ALL:
+        if left_RK is None:
             sums = [np.bincount(place_R, added[kind], len(hour_U)) for kind in self._kinds]
             return np.repeat(np.stack(sums, axis=1).astype(np.float32), self._num_spans, axis=1)
         counted_RK = np.repeat(np.stack([added[kind] for kind in self._kinds], axis=1), self._num_spans, axis=1) * left_RK
@@ -169,8 +175,9 @@ class CounterBank:
         """Count `rows` into the totals of all keys together."""
         hour = max(self._bank_hour, now)
         left_H = np.exp2(-(hour - self._bank_hour) / self._half_lives_H.astype(np.float64))
-        left_RH = self._decay(hour - examples.hour_R[rows])[:, : self._num_spans]
-        weight_RH = examples.weights_R[rows, None] * left_RH
+        left_RK = self._decay(hour - examples.hour_R[rows])
+        weight_R1 = examples.weights_R[rows, None]
+        weight_RH = weight_R1 if left_RK is None else weight_R1 * left_RK[:, : self._num_spans]
         clicked_RH = weight_RH * examples.labels_R[rows, None]
         self._bank_clicks_H = self._bank_clicks_H * left_H + clicked_RH.sum(axis=0, dtype=np.float64)
         self._bank_impressions_H = self._bank_impressions_H * left_H + weight_RH.sum(axis=0, dtype=np.float64)
@@ -207,7 +214,7 @@ class AgeBank:
         now = max(hour, int(examples.hour_R.max(initial=hour)))
         slots_R, fresh_R, num_evicted = self._index.find_or_add(keys_R, now)
         self._first_hour_S[slots_R[fresh_R]] = now
-        known_since_R = np.where(slots_R >= 0, self._first_hour_S.take(np.maximum(slots_R, 0)), FREE)
+        known_since_R = np.where(slots_R >= 0, self._first_hour_S.take(np.maximum(slots_R, 0)), BEFORE_ALL)
         earlier = np.flatnonzero(examples.hour_R < known_since_R)
         np.minimum.at(self._first_hour_S, slots_R[earlier], examples.hour_R[earlier].astype(np.int32))
         return KeyChanges.of(keys_R, slots_R, fresh_R, num_evicted)

@@ -31,7 +31,7 @@ SparseOptimizer = Literal["adagrad", "rowwise_adagrad"]
 
 WIDE_DIM = 4
 """The fused kernels want a multiple of 4; the first column is the wide weight, the others stay zero."""
-WIDE_GRADIENT = WIDE_DIM**0.5
+WIDE_GRADIENT_FACTOR = WIDE_DIM**0.5
 """Factor on gradients of wide weights. Adagrad by row is nearly three times as fast as by coordinate and adds the mean square
 over the columns to a row's sum; of the columns only one has a gradient. With the factor the sum is that of the weight's own
 squares, and its rate is divided by the factor: the same steps."""
@@ -48,7 +48,8 @@ class Pooled:
     deep_BS: torch.Tensor
     """Embeddings of all lookups side by side, in the order of `TableLayout.deep_keys`."""
     wide_BW: torch.Tensor
-    """One weight a feature and a cross, in the order of `TableLayout.wide_keys`."""
+    """One weight a feature and a cross, in the order of `TableLayout.wide_keys`; what autograd derives by it is larger by
+    `WIDE_GRADIENT_FACTOR`, for the tables' step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class EmbeddingTables(nn.Module):
         self.wide = FusedEmbeddingBagCollection(
             [_config(table, "wide", WIDE_DIM, 0.0) for table in layout.wide],
             optimizer_type=RowWiseAdagrad,
-            optimizer_kwargs={"lr": wide_learning_rate / WIDE_GRADIENT, "eps": max(wide_beta, SMALLEST_BETA)},
+            optimizer_kwargs={"lr": wide_learning_rate / WIDE_GRADIENT_FACTOR, "eps": max(wide_beta, SMALLEST_BETA)},
             is_weighted=layout.weighted,
             device=device,
         )
@@ -155,8 +156,8 @@ class EmbeddingTables(nn.Module):
         if torch.is_grad_enabled():
             self._note_changed(deep, wide)
         wide_BW = in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)[:, ::WIDE_DIM]
-        if wide_BW.requires_grad:
-            wide_BW.register_hook(lambda gradient_BW: gradient_BW * WIDE_GRADIENT)
+        if wide_BW.requires_grad:  # the columns between stay without a gradient
+            wide_BW.register_hook(lambda gradient_BW: gradient_BW * WIDE_GRADIENT_FACTOR)
         return Pooled(deep_BS=in_order(*_looked_up(self.deep, deep), self.layout.deep_keys), wide_BW=wide_BW)
 
     @torch.no_grad()
@@ -190,7 +191,7 @@ class EmbeddingTables(nn.Module):
 
     def set_learning_rates(self, *, sparse: float, wide: float) -> None:
         """Takes effect with the next backward pass."""
-        for collection, rate in ((self.deep, sparse), (self.wide, wide / WIDE_GRADIENT)):
+        for collection, rate in ((self.deep, sparse), (self.wide, wide / WIDE_GRADIENT_FACTOR)):
             optimizer = _optimizer(collection)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -326,18 +327,18 @@ def _looked_up(collection: nn.Module, ids: KeyedJaggedTensor) -> tuple[list[str]
     """Keys, lengths of their embeddings, and the embeddings side by side.
 
     Ids that stand in the order of the tables go to fbgemm's operator as they are: the collection would take them apart by key,
-    put them together again, and copy the result. Nor would it say that the weights of ids are not learned, whose gradient is
-    more than a third of the backward pass.
+    put them together again, and copy the result. Nor does it say, where tables are spread over processes, that the weights of
+    ids are not learned, whose gradient is more than a third of the backward pass.
     """
     if isinstance(collection, FusedEmbeddingBagCollection) and len(collection._emb_modules) == 1:
         configs = collection.embedding_bag_configs()
         names = [name for config in configs for name in config.feature_names]
         if ids.keys() == names:
-            weights = ids.weights() if collection.is_weighted() else None
-            learned_K = torch.zeros(len(names), dtype=torch.int32, device=ids.values().device)
-            values_BS = collection._emb_modules[0]._emb_module(
-                ids.values(), ids.offsets(), weights, feature_requires_grad=learned_K if collection.is_weighted() else None
-            )
+            weighted: dict[str, torch.Tensor] = {}
+            if collection.is_weighted():
+                not_learned = torch.zeros(len(names), dtype=torch.int32, device=ids.values().device)
+                weighted = {"per_sample_weights": ids.weights(), "feature_requires_grad": not_learned}
+            values_BS = collection._emb_modules[0]._emb_module(ids.values(), ids.offsets(), **weighted)
             return names, [config.embedding_dim for config in configs for _ in config.feature_names], values_BS
     pooled: KeyedTensor = collection(ids)
     return pooled.keys(), pooled.length_per_key(), pooled.values()

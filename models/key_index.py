@@ -190,16 +190,9 @@ class KeyIndex:
         count_P = np.diff(first_P, append=len(order_U))
         rank_U = np.arange(len(order_U)) - np.repeat(first_P, count_P)
         used_PW = self._used_hour.reshape(-1, self._ways).take(bucket_U[first_P], axis=0)
-        way_U = np.repeat(_least(used_PW), count_P)
-        many_P = np.flatnonzero(count_P > 1)
-        leaves_MW = np.argsort(used_PW[many_P], axis=1, kind="stable")
-        of_many_U = np.repeat(count_P > 1, count_P) & (rank_U < self._ways)
-        way_U[of_many_U] = leaves_MW[
-            np.repeat(np.arange(len(many_P)), np.minimum(count_P[many_P], self._ways)), rank_U[of_many_U]
-        ]
         fits_U = rank_U < self._ways
         order_U = order_U[fits_U]
-        slot_U = bucket_U[fits_U] * self._ways + way_U[fits_U]
+        slot_U = bucket_U[fits_U] * self._ways + _leaving(used_PW, np.minimum(count_P, self._ways))
         gives_way_U = self._used_hour[slot_U] != IN_USE
         slot_U, order_U = slot_U[gives_way_U], order_U[gives_way_U]
         num_evicted = int(np.count_nonzero(self._keys[slot_U]))
@@ -290,8 +283,24 @@ def _in_order(buckets_U: I64) -> tuple[I64, I64]:
     (array([3, 7, 7]), array([1, 0, 2]))
     """
     assert len(buckets_U) < 2**31, len(buckets_U)
+    assert buckets_U.max(initial=0) < 2**32, "more buckets than a capacity of 2^30 has"
     both_U = np.sort((buckets_U << 31) | np.arange(len(buckets_U)))
     return both_U >> 31, both_U & (2**31 - 1)
+
+
+def _leaving(used_PW: npt.NDArray[np.int32], count_P: I64) -> I64:
+    """The ways that `count_P` new keys of each bucket take, bucket after bucket: the least recently used first.
+
+    >>> _leaving(np.array([[5, 3, 4], [1, 2, 1]], np.int32), np.array([1, 2]))
+    array([1, 0, 2])
+    """
+    if not (count_P > 1).any():
+        return _least(used_PW)  # most buckets get one key, for which nothing need be sorted
+    leaving = np.repeat(_least(used_PW), count_P)
+    several_P = count_P > 1
+    in_order = np.argsort(used_PW[several_P], axis=1, kind="stable")
+    leaving[np.repeat(several_P, count_P)] = in_order[np.arange(used_PW.shape[1]) < count_P[several_P, None]]
+    return leaving
 
 
 def _least(used_PW: npt.NDArray[np.int32]) -> I64:

@@ -2,7 +2,7 @@
 
 Enters: a `DatasetSpec`. Leaves: a `TableLayout`, the one place that fixes the order of embeddings and wide weights.
 
-Letters: B rows, S the sum of the embedding lengths of all lookups.
+Letters: B rows, S the sum of the embedding lengths of all lookups, H of those of histories.
 """
 
 from collections import Counter

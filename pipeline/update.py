@@ -50,6 +50,7 @@ from pipeline.training.late_clicks import LateClicks, Looks, logits_of
 from pipeline.training.learn import Learned, Progress, learn
 from pipeline.training.processes import Processes
 from pipeline.training.replay import after_window, with_replay
+from pipeline.training.room import keep_freed_memory
 from pipeline.training.sampling import sample_window, without_rows
 from pipeline.training.step_time import StepTimeFit
 from sampling.plan import SamplingPlan
@@ -96,6 +97,7 @@ def run_update(
         UpdateInProgress: another process has the model, and kept it for `lock_wait_seconds`.
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
+    keep_freed_memory()
     spec = load_spec(config.dataset)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)

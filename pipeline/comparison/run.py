@@ -39,6 +39,7 @@ from pipeline.training.batch_size import BatchPolicy, batch_policy
 from pipeline.training.budget import Clock, Deadline
 from pipeline.training.learn import Learned, learn
 from pipeline.training.learner import Learner
+from pipeline.training.room import keep_freed_memory
 from pipeline.training.sampling import sample_window
 from pipeline.training.step_time import StepTimeFit
 from pipeline.training.threads import torch_threads
@@ -121,6 +122,7 @@ def run_strategy(
     """
     config = overridden(config, [f"training.seed={seed}"])
     refuse_unheeded(config)
+    keep_freed_memory()
     with torch_threads(1):
         entrant = _Entrant(config, spec, probing, probe=stream[-1], num_windows=len(stream))
         diverged = ""

@@ -54,16 +54,22 @@ class UserBags:
     user_R: I64
     """`[R]` position of the row's user in the bags."""
     pools: Mapping[str, Bags]
-    """By key: `[U]` bags; those of a user are of one length, since they are of the same clicks."""
+    """By key: `[U]` bags. All have the same offsets: a user's bags are of the same clicks."""
     ids: Mapping[str, U64] = field(default_factory=dict)
     """By key: the ids that `pools` has the rows of."""
 
+    def __post_init__(self) -> None:
+        first = self._offsets
+        assert all(np.array_equal(bags.offsets, first) for bags in self.pools.values()), "a user's bags differ in length"
+
     def take(self, chosen: I64) -> dict[str, Bags]:
         """By key: the bags of the users `chosen`, in that order."""
-        if not self.pools:
-            return {}
-        places = gathered(next(iter(self.pools.values())).offsets, chosen)
-        return {key: bags.at(*places) for key, bags in self.pools.items()}
+        positions, offsets = gathered(self._offsets, chosen)
+        return {key: bags.at(positions, offsets) for key, bags in self.pools.items()}
+
+    @property
+    def _offsets(self) -> I64:
+        return next(iter(self.pools.values())).offsets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +308,13 @@ def _single_rows(
 
 def _mean_bags(rows_V: I64, lists: IdLists) -> Bags:
     """Bags whose weights sum to 1."""
-    lengths = np.diff(lists.offsets)
-    weights_V = np.repeat((1.0 / np.maximum(lengths, 1)).astype(np.float32), lengths)
-    return Bags(rows_V=rows_V, weights_V=weights_V, offsets=lists.offsets)
+    return Bags(rows_V=rows_V, weights_V=_equal_weights(np.diff(lists.offsets)), offsets=lists.offsets)
+
+
+def _equal_weights(lengths: I64) -> F32:
+    """`[V]` weights that sum to 1 in each list."""
+    weights_V: F32 = np.repeat((1.0 / np.maximum(lengths, 1)).astype(np.float32), lengths)
+    return weights_V
 
 
 def _user_bags(histories: Histories | None, spec: DatasetSpec, ids: IdTables, hour: int) -> UserBags | None:
@@ -313,12 +323,11 @@ def _user_bags(histories: Histories | None, spec: DatasetSpec, ids: IdTables, ho
         return None
     by_name = {feature.name: feature for feature in spec.categorical}
     rows = {of: ids.rows(by_name[of], lists.values_V) for of, lists in histories.lists.items()}
-    pools = {}
+    pools, raw = dict[str, Bags](), dict[str, U64]()
     for of, half_life in history_pools(spec):
-        lists = histories.lists[of]
+        lists, key = histories.lists[of], pool_key(of, half_life)
         weights_V = _decayed_weights(lists, hour - histories.hour_V, half_life)
-        pools[pool_key(of, half_life)] = Bags(rows_V=rows[of], weights_V=weights_V, offsets=lists.offsets)
-    raw = {pool_key(of, half_life): histories.lists[of].values_V for of, half_life in history_pools(spec)}
+        pools[key], raw[key] = Bags(rows_V=rows[of], weights_V=weights_V, offsets=lists.offsets), lists.values_V
     return UserBags(user_R=histories.position_R, pools=pools, ids=raw)
 
 
@@ -326,11 +335,13 @@ def _pools_again(histories: UserBags | None, spec: DatasetSpec, ids: IdTables) -
     """Histories after admission: what was clicked may have lost its row as well."""
     if histories is None:
         return None
-    by_name, pools = {feature.name: feature for feature in spec.categorical}, dict(histories.pools)
+    by_name, pools, rows = {feature.name: feature for feature in spec.categorical}, dict(histories.pools), dict[str, I64]()
     for of, half_life in history_pools(spec):
         key = pool_key(of, half_life)
         if of in ids.features:
-            pools[key] = replace(pools[key], rows_V=ids.rows(by_name[of], histories.ids[key]))
+            if of not in rows:
+                rows[of] = ids.rows(by_name[of], histories.ids[key])
+            pools[key] = replace(pools[key], rows_V=rows[of])
     return replace(histories, pools=pools)
 
 
@@ -349,7 +360,7 @@ def _decayed_weights(lists: IdLists, age_hours_V: I64, half_life: float) -> F32:
     """Weights that halve in `half_life` hours and sum to 1 in each list."""
     lengths = np.diff(lists.offsets)
     if np.isinf(half_life):
-        return np.repeat((1 / np.maximum(lengths, 1)).astype(np.float32), lengths)
+        return _equal_weights(lengths)
     lengths = lengths[lengths > 0]
     starts = np.cumsum(lengths) - lengths
     if not len(starts):

@@ -222,8 +222,8 @@ class ClickLog(_DeltaLog):
         self._schema = schema
         self.read_ahead: ReadAhead | None = None
         """Asked for a file before it is read."""
-        self._files: tuple[int, list[LogFile]] | None = None
-        """A version and its files; a window asks four times, and a year has thousands."""
+        self._files: tuple[str, int, list[LogFile]] | None = None
+        """Id of the log, a version and its files; a window asks four times, and a year has thousands."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -245,9 +245,9 @@ class ClickLog(_DeltaLog):
             DataError: there is no such version, or it is no longer kept.
         """
         if version is None or version == self.version:
-            if self._files is None or self._files[0] != self.version:
-                self._files = self.version, _active_files(self._table)
-            return list(self._files[1])
+            if self._files is None or self._files[:2] != (self.table_id, self.version):
+                self._files = self.table_id, self.version, _active_files(self._table)
+            return list(self._files[2])
         try:
             return _active_files(DeltaTable(self._root, version=version))
         except DeltaError as error:

@@ -1,6 +1,8 @@
 """Running normalisation of numeric features: mean and variance up to the window's start, and a missing flag.
 
 Enters: `[N, R]` raw numbers, NaN for missing. Leaves: dense columns by row, values first, then flags.
+
+Letters: N features, R rows.
 """
 
 from collections.abc import Sequence
@@ -71,7 +73,7 @@ def normalise(transformed_NR: F32, moments: RunningMoments, *, num_flags: int) -
     dense_RN = np.empty((num_rows, num_features + num_flags), np.float32)
     for feature, (values_R, mean, scale) in enumerate(zip(transformed_NR, moments.mean_N, moments.scale_N(), strict=True)):
         scaled_R = np.clip((values_R.astype(np.float64) - mean) / scale, -CLIP, CLIP)
-        missing_R = np.isnan(scaled_R)
+        missing_R = np.isnan(values_R)
         dense_RN[:, feature] = np.where(missing_R, 0.0, scaled_R)
         if feature < num_flags:
             dense_RN[:, num_features + feature] = missing_R

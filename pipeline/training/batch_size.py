@@ -199,7 +199,7 @@ def best_size(
     seconds_left: float,
     step_time: StepTime,
     noise_scale: float,
-    at_least: float | None = None,
+    at_least: float,
     smallest: int,
     reference: int,
     largest: int,
@@ -216,8 +216,8 @@ def best_size(
         remaining: R, at least 1.
         seconds_left: T; infinite without a deadline.
         noise_scale: N, above 0.
-        at_least: what N is surely; as long as time is plentiful, it is taken for N, since a batch that is too small costs only
-            time. None: N itself.
+        at_least: what N is surely; as long as time is plentiful, it is taken for N where that is larger, since a batch that is
+            too small costs mostly time.
         smallest: batch.
         reference: batch, for which the rates were set.
         largest: batch.
@@ -235,8 +235,8 @@ def best_size(
     needed, calm = sees_all(seconds_left), sees_all(CALM_SHARE * seconds_left)
     best = max(quickest_batch(noise_scale, step_time), smallest)
     if needed <= min(best, largest):
-        sure = noise_scale if at_least is None else min(at_least, noise_scale)
-        size = allowed(max(needed, min(calm, best), min(sure / FLOOR_SHARE, reference), smallest))
+        surely = min(at_least, noise_scale)
+        size = allowed(max(needed, min(calm, best), min(surely / FLOOR_SHARE, reference), smallest))
         return Size(
             batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains", all_rows=True
         )
@@ -312,13 +312,17 @@ class PlannedSize:
 
     def _plan(self, remaining: int, seconds_left: float, line: StepTime) -> Size:
         step_time = line.slower(self.fit.pace_over(seconds_left))
+        noise_scale = FLOOR_SHARE * self.reference if self.noise.last is None else self.noise.last
+        at_least = self.noise.at_least
+        if at_least is None:
+            at_least = 0.0 if self.noise.measurable else noise_scale
         return best_size(
             self.how,
             remaining=remaining,
             seconds_left=PLANNED_SHARE * (seconds_left - step_time.seconds(self.smallest)),
             step_time=step_time,
-            noise_scale=FLOOR_SHARE * self.reference if self.noise.last is None else self.noise.last,
-            at_least=0.0 if self.noise.at_least is None else self.noise.at_least,
+            noise_scale=noise_scale,
+            at_least=at_least,
             smallest=self.smallest,
             reference=self.reference,
             largest=self.largest,

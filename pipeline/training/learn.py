@@ -328,15 +328,15 @@ def _rows_of(learner: Learner, batches: Sequence[I64]) -> tuple[ChunkRows, list[
 def click_rate(window: EncodedWindow, kept: slice | npt.NDArray[np.bool_] = slice(None)) -> float:
     """Of all rows, estimated from those that are kept by their weights and shifts, and from the share of clicks that is known;
     0 or 1 where these have one label only."""
-    weights_R = window.weights_R[kept].astype(np.float64)
+    weights_R = window.weights_R[kept].astype(np.float64)  # products are summed by numpy: BLAS would wake its threads for one
     total = float(weights_R.sum())
     rate = float((window.labels_R[kept] * weights_R).sum()) / total if total > 0 else 0.0
     if window.looks_R3 is not None and 0 < rate < 1:
         known_R = -np.expm1(window.looks_R3[kept, 1].astype(np.float64))
-        rate = min(rate * total / float(known_R @ weights_R), (1 + rate) / 2)
+        rate = min(rate * total / float((known_R * weights_R).sum()), (1 + rate) / 2)
     if window.logit_shifts_R is None or not 0 < rate < 1:
         return rate
-    shift = float(window.logit_shifts_R[kept] @ weights_R) / total
+    shift = float((window.logit_shifts_R[kept] * weights_R).sum()) / total
     return 1 / (1 + (1 - rate) / rate * math.exp(shift))
 
 

@@ -8,7 +8,8 @@ rows several times and dense weights once. Here the tables see one backward a ch
 With a chunk of many batches the dense network learns from embeddings as they were before the chunk: as it will meet them
 when it predicts the next window, and not adapted to other rows of the same users and items a moment ago.
 
-Letters: C rows of the chunk in this process, B of a batch, m of a micro-batch, S the sum of embedding lengths, W wide weights.
+Letters: C rows of the chunk in this process, B of a batch, m of a micro-batch, S the sum of embedding lengths, W wide weights;
+of S, P belong to the row itself and H to its user's history.
 """
 
 import logging
@@ -34,7 +35,7 @@ from pipeline.training.local_updates import Sharing
 from pipeline.training.noise_scale import MEASURE_EVERY, NoiseScale, spread_of
 from pipeline.training.optimizers import dense_optimizer, warmed_up
 from pipeline.training.processes import Processes
-from pipeline.training.room import advice, keep_freed_memory, memory_explained, tells_of_memory
+from pipeline.training.room import advice, memory_explained, tells_of_memory
 from pipeline.training.smoothing import MovingAverage, smooth_gradients
 from pipeline.training.sparse_step import SparseStep
 
@@ -72,7 +73,6 @@ class Learner:
         device: torch.device,
         processes: Processes | None = None,
     ) -> None:
-        keep_freed_memory()
         self.model = model
         self.config = config
         self.precision = precision
@@ -97,8 +97,9 @@ class Learner:
         self.gradient_average = MovingAverage(self.parameters, config.gradient_ema) if config.gradient_ema else None
         self.weight_average = MovingAverage(self.parameters, config.weight_ema) if config.weight_ema else None
         self.sparse_step = SparseStep(model.tables, config, self.processes)
-        self.noise_scale = NoiseScale()
-        """Of the dense gradients, measured every few steps where a setting needs it."""
+        self.noise_scale = NoiseScale(measurable=precision != "fp16" and not config.compile_dense_network)
+        """Of the dense gradients, measured every few steps where a setting needs it. fp16 scales its gradients, and a compiled
+        network takes whole micro-batches, of which a small batch has but one."""
         self._sparse_factor = 1.0
         self.net: Compiled = compiled(model.net, asked=config.compile_dense_network)
 
@@ -425,7 +426,9 @@ class Chunk:
         carrier_C, plain = self.batch.history_row_B, layout.plain_width
         if carrier_C is None:
             return _filled([(rows, deep_mS) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS), wide_CW
-        plain_CP = _filled([(rows, deep_mS[:, :plain]) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS[:, :plain])
+        plain_CP = _filled(
+            [(rows, deep_mS[:, :plain]) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS.detach()[:, :plain]
+        )
         of_history_CH = self.pooled.deep_BS.new_zeros(len(carrier_C), self.pooled.deep_BS.shape[1] - plain)
         for rows, deep_mS, _ in self._kept:
             of_history_CH.index_add_(0, carrier_C[rows], deep_mS[:, plain:])

@@ -77,14 +77,19 @@ class NoiseScale:
     decay: float = DECAY
     noise_sum: float = 0.0
     signal_sum: float = 0.0
-    products_sum: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of noise and signal: the squares of either and their product, which tell how far the averages are to be believed."""
+    noise_squares_sum: float = 0.0
+    signal_squares_sum: float = 0.0
+    products_sum: float = 0.0
+    """Of noise times signal; with the squares of both it tells how far the averages are to be believed."""
+    measurable: bool = True
+    """False where no step may tell: the arithmetic or the shape of its batches does not allow it."""
     measurements: int = 0
     last: float | None = None
     """N in rows; None until signal was measured. Kept while the signal's average is not positive."""
     at_least: float | None = None
     """N is this or more with 84 % probability (Fieller 1954, one standard error of a ratio of means); None as long as `last`
-    is. |G|^2 is small and uncertain, so that a few measurements can make `last` ten times too large; this they cannot."""
+    is. |G|^2 is small and uncertain, so that a few measurements can make `last` ten times too large; this they cannot. Above
+    `last` where that was kept from before, and the same where |G|^2 is measured to be below zero by more than its error."""
     kept_last: int = 0
     """Measurements in a row after which the average of |G|^2 was not positive."""
 
@@ -95,9 +100,9 @@ class NoiseScale:
         self.measurements += 1
         self.noise_sum += (1 - self.decay) * (spread.noise - self.noise_sum)
         self.signal_sum += (1 - self.decay) * (spread.signal - self.signal_sum)
-        products = (spread.noise**2, spread.signal**2, spread.noise * spread.signal)
-        before = zip(self.products_sum, products, strict=True)
-        self.products_sum = tuple(total + (1 - self.decay) * (product - total) for total, product in before)  # type: ignore[assignment]
+        self.noise_squares_sum += (1 - self.decay) * (spread.noise**2 - self.noise_squares_sum)
+        self.signal_squares_sum += (1 - self.decay) * (spread.signal**2 - self.signal_squares_sum)
+        self.products_sum += (1 - self.decay) * (spread.noise * spread.signal - self.products_sum)
         if self.signal_sum > 0 and self.noise_sum > 0:
             self.last, self.kept_last = self.noise_sum / self.signal_sum, 0
         else:
@@ -113,38 +118,42 @@ class NoiseScale:
         return Spread(noise=self.noise_sum / correction, signal=self.signal_sum / correction)
 
     def _lower_limit(self) -> float | None:
-        """The smaller root of `(s - N g)^2 = v_s - 2 N c + N^2 v_g`: averages s and g, squares of their standard errors v_s and
-        v_g, and c of both together. A single measurement tells nothing of these, and no N fits a gradient that is surely 0."""
+        """The smaller root of `a N^2 - 2 b N + c = 0`, where `s - N g` is as large as its standard error: of averages s and g
+        with squared standard errors v_s and v_g, and v_sg of both, `a = g^2 - v_g`, `b = s g - v_sg`, `c = s^2 - v_s`.
+
+        0 while a single measurement has told nothing of the errors.
+        """
         left = self.decay**self.measurements
         squared_weights = (1 - self.decay) / (1 + self.decay) * (1 + left) / (1 - left)
-        if self.measurements < 2 or squared_weights == 1:
+        if squared_weights >= 1:
             return 0.0
         share = squared_weights / (1 - squared_weights)
-        noise, signal = self.averages.noise, self.averages.signal
-        squares_s, squares_g, products = (total / (1 - left) for total in self.products_sum)
-        v_s, v_g = (max(share * (squares - mean**2), 0.0) for squares, mean in ((squares_s, noise), (squares_g, signal)))
-        middle = noise * signal - share * (products - noise * signal)
-        first, last = signal**2 - v_g, noise**2 - v_s
-        if last <= 0:
+        s, g = self.averages.noise, self.averages.signal
+        v_s = max(share * (self.noise_squares_sum / (1 - left) - s**2), 0.0)
+        v_g = max(share * (self.signal_squares_sum / (1 - left) - g**2), 0.0)
+        v_sg = share * (self.products_sum / (1 - left) - s * g)
+        a, b, c = g**2 - v_g, s * g - v_sg, s**2 - v_s
+        if c <= 0:
             return 0.0
-        below = middle + math.sqrt(max(middle**2 - first * last, 0.0))
-        return last / below if below > 0 else self.last
+        divisor = b + math.sqrt(max(b**2 - a * c, 0.0))
+        return c / divisor if divisor > 0 else self.last
 
     def state(self) -> list[float]:
         """To continue from, bit for bit."""
         last, at_least = (float("nan") if value is None else value for value in (self.last, self.at_least))
         sums = [self.noise_sum, self.signal_sum, float(self.measurements)]
-        return [*sums, last, float(self.kept_last), at_least, *self.products_sum]
+        products = [self.noise_squares_sum, self.signal_squares_sum, self.products_sum]
+        return [*sums, last, float(self.kept_last), at_least, *products]
 
     def load(self, state: Sequence[float]) -> None:
-        """Goes on from `state`; one of five values tells nothing of the error, and is taken to have none."""
+        """Goes on from `state`; one with five values tells nothing of the errors, and is taken to have none."""
         self.noise_sum, self.signal_sum = float(state[0]), float(state[1])
         self.measurements, self.kept_last = int(state[2]), int(state[4])
         self.last = self.at_least = None if np.isnan(state[3]) else float(state[3])
         if len(state) > 5:
             self.at_least = None if np.isnan(state[5]) else float(state[5])
-            self.products_sum = (float(state[6]), float(state[7]), float(state[8]))
+            self.noise_squares_sum, self.signal_squares_sum, self.products_sum = map(float, state[6:9])
         elif self.measurements:
             means, counted = self.averages, 1 - self.decay**self.measurements
-            products = (means.noise**2, means.signal**2, means.noise * means.signal)
-            self.products_sum = (products[0] * counted, products[1] * counted, products[2] * counted)
+            self.noise_squares_sum, self.signal_squares_sum = means.noise**2 * counted, means.signal**2 * counted
+            self.products_sum = means.noise * means.signal * counted

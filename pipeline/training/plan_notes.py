@@ -22,7 +22,7 @@ def plan_notes(training: TrainingConfig, learned: Learned, learner: Learner, num
     if learner.net.note:
         yield learner.net.note
     if training.measures_noise and learner.noise_scale.last is None:
-        yield "the gradient noise scale is not measured yet; nine times the reference batch was taken for it"
+        yield _without_noise_scale(training, learner)
     elif training.measures_noise and learner.noise_scale.kept_last:
         yield (
             f"the gradient was too small against its noise in the last {learner.noise_scale.kept_last} measurements; the noise "
@@ -31,3 +31,14 @@ def plan_notes(training: TrainingConfig, learned: Learned, learner: Learner, num
     uses_reference = training.batch_policy != "fixed" or training.learning_rate_scaling != "none"
     if uses_reference and training.reference > num_rows:
         yield f"the window's {num_rows:,} rows are fewer than the reference batch of {training.reference:,}"
+
+
+def _without_noise_scale(training: TrainingConfig, learner: Learner) -> str:
+    unknown = "the gradient noise scale is not measured yet"
+    if not learner.noise_scale.measurable:
+        unknown = "the gradient noise scale is not measured in fp16, nor for batches of one micro-batch of a compiled network"
+    if training.batch_policy not in ("deadline", "goodput"):
+        return f"{unknown}; rates are those of the reference batch"
+    if not learner.noise_scale.measurable:
+        return f"{unknown}; nine times the reference batch was taken for it"
+    return f"{unknown}; the smallest batch was taken where time sufficed, nine times the reference batch for it elsewhere"

@@ -120,11 +120,8 @@ class Probes:
     @torch.no_grad()
     def _log_loss(self, batch: MiniBatch, pooled: Pooled, rows: slice) -> float:
         """The weighted mean of the live weights, in fp32."""
-        model, deep_BS = self._learner.model, pooled.deep_BS
-        deep_mS = deep_BS[rows]
-        if batch.history_row_B is not None:
-            plain = model.layout.plain_width
-            deep_mS = torch.cat([deep_mS[:, :plain], deep_BS[batch.history_row_B[rows], plain:]], dim=1)
+        model = self._learner.model
+        deep_mS = model.layout.with_history(pooled.deep_BS, batch.history_row_B, rows)
         logits_m = model.net(deep_mS, pooled.wide_BW[rows], batch.dense_BN[rows])
         if batch.logit_shifts_B is not None:
             logits_m = logits_m + batch.logit_shifts_B[rows]

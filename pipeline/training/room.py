@@ -1,16 +1,18 @@
 """Room in memory: how much there is, and what is said where it does not suffice.
 
 Enters: a device, a forward pass, or an error. Leaves: bytes that are free, or kept; whether it tells of memory; an
-`OutOfMemory` with the way out.
+`OutOfMemory` with the way out. And one setting of a process that learns: it keeps what a step frees for the next one.
 """
 
 from __future__ import annotations  # torch, which takes seconds to import, is named in a signature alone
 
 import ctypes
+import logging
 import os
-import sys
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 KEPT_BLOCK_BYTES = 1 << 25
 """The most that glibc allows: larger blocks go back to the system when they are freed."""
 KEPT_BYTES = 1 << 30
-"""That are kept free for the next step at most."""
+"""Free at the end of malloc's heap, above which it gives some back."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
+
+log = logging.getLogger(__name__)
 
 LACKING = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 """In what torch says: of a GPU in an error of its own, of the CPU in a plain RuntimeError."""
@@ -37,6 +41,8 @@ def free_bytes(device: torch.device) -> int:
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
+    if glibc := _glibc():
+        glibc.malloc_trim(0)  # what this process keeps free is free
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -48,14 +54,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what a step frees for the next one, where glibc would give it back to the system: most tensors of
-    a step are larger than its threshold, and to have their pages zeroed anew takes up to a tenth of a step."""
-    if not sys.platform.startswith("linux"):
+    """Lets this process keep what a step frees for the next one, from here on: glibc would give it back to the system, and to
+    have its pages zeroed anew takes up to a tenth of a step. Where there is no glibc, nothing changes."""
+    glibc = _glibc()
+    if glibc is None:
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    kept = glibc.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES) and glibc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    log.debug("malloc %s what a step frees", "keeps" if kept else "would not keep")
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def tells_of_memory(error: BaseException) -> bool:

@@ -128,7 +128,7 @@ def _plan(
 
 def _kind(sharding: Sharding, rows: int, count: int, *, wide: bool) -> str:
     """Of one table, as torchrec calls it; one with fewer rows than there are processes is not cut by rows, and one of wide
-    weights, of which a row has but one, not by columns."""
+    weights not by columns: a row of it has one weight, and one sum of squares."""
     match sharding:
         case "auto":
             return "row_wise" if rows >= max(ROW_WISE_FROM, count) else "table_wise"

@@ -158,7 +158,16 @@ class StepTimeFit:
         shape = self._shape()
         if not self._latest.kept:
             return shape
-        return shape.slower(_low([seconds / shape.seconds(size) for size, seconds in self._latest.kept]))
+        return shape.slower(self._scale(shape))
+
+    def _scale(self, shape: StepTime) -> float:
+        """Seconds of undisturbed steps over those of `shape`; an earlier line counts as one measurement, so that what begins in a
+        short stall is not taken for slow."""
+        measured = list(self._latest.kept)
+        if self._earlier is not None:
+            size = measured[0][0]
+            measured.append((size, self._earlier.seconds(size)))
+        return _low([seconds / shape.seconds(size) for size, seconds in measured])
 
     def _shape(self) -> StepTime:
         """f and d up to a common factor."""
@@ -176,7 +185,7 @@ class StepTimeFit:
         size that was met a few times only, when all was slow, does not upset it."""
         if self._earlier is None:
             return dict(typical), [float(len(self._by_size[size].kept)) for size in typical]
-        scale = _low([seconds / self._earlier.seconds(size) for size, seconds in self._latest.kept])
+        scale = self._scale(self._earlier)
         mean: dict[int, float] = {}
         weights: list[float] = []
         for size, seconds in typical.items():

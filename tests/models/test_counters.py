@@ -116,6 +116,16 @@ def test_an_event_counts_half_after_a_half_life_and_a_total_never_fades() -> Non
         np.testing.assert_allclose(bank.columns(rows([7], [0]), hour)[:, 0], np.log1p([count, 8.0]), atol=1e-6)
 
 
+def test_what_has_decayed_for_years_is_what_the_formula_says() -> None:
+    """Longer than the table of hours, and beside a key of the same hour."""
+    bank = CounterBank(Counter(over=("item",), of=("impressions",), half_lives_hours=(8766.0, inf)))
+    bank.add(rows([7], [0], weight=1000.0), 0)
+    bank.add(rows([8], [0], hour=20_000, weight=5.0), 20_000)
+    left = 1000 * 2 ** (-20_000 / 8766)
+    columns = bank.columns(rows([7, 8, 9], [0, 0, 0]), 20_000)
+    np.testing.assert_allclose(columns, np.log1p([[left, 5, 0], [1000, 5, 0]]), rtol=1e-5)
+
+
 def test_a_late_row_counts_as_if_it_had_come_in_time() -> None:
     counter = Counter(over=("item",), half_lives_hours=(3.0, 24.0), capacity=64)
     late, punctual = CounterBank(counter), CounterBank(counter)

@@ -108,6 +108,8 @@ def test_wide_weights_step_as_ftrl_proximal_says() -> None:
         squares += summed**2
         expected -= 0.2 * summed / (0.7 + squares.sqrt())
     torch.testing.assert_close(_weights(tables)["wide.user.weight"][:, 0], expected)
+    sums = {piece.name: piece.tensor for piece in tables.slices()}["wide.user.accumulator"]
+    torch.testing.assert_close(sums[:, 0], squares, msg="checkpoints keep the sums of the weights' own squares")
 
 
 def test_row_wise_adagrad_scales_a_row_by_its_mean_squared_gradient() -> None:

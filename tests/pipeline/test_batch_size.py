@@ -1,6 +1,7 @@
 """Policies: the plan of the design, whole micro-batches, and the same contract for each."""
 
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ def _known(noise_scale: float) -> NoiseScale:
 
 
 def _size(how: Any = "goodput", **changed: Any) -> Size:
-    given = {"remaining": 1_000_000, "seconds_left": 100.0, "step_time": TIME, "noise_scale": 3000.0}
+    given = {"remaining": 1_000_000, "seconds_left": 100.0, "step_time": TIME, "noise_scale": 3000.0, "at_least": inf}
     bounds = {"smallest": 64, "reference": 512, "largest": 16_384, "micro_batch": 64}
     return best_size(how, **{**given, **bounds, **changed})
 
@@ -83,19 +84,30 @@ def test_deadline_leaves_rows_out_only_beyond_the_largest_batch() -> None:
     noise_scale=st.floats(1e-3, 1e9),
     fixed=st.floats(0, 1),
     row=st.floats(1e-9, 1e-2),
+    at_least=st.floats(0, 1e12),
     how=st.sampled_from(["deadline", "goodput"]),
 )
 def test_every_plan_is_allowed_and_fits(
-    remaining: int, seconds_left: float, noise_scale: float, fixed: float, row: float, how: str
+    remaining: int, seconds_left: float, noise_scale: float, fixed: float, row: float, at_least: float, how: str
 ) -> None:
     time = StepTime(fixed_seconds=fixed, row_seconds=row)
-    size = _size(how, remaining=remaining, seconds_left=seconds_left, noise_scale=noise_scale, step_time=time)
+    measured = {"noise_scale": noise_scale, "at_least": at_least}
+    size = _size(how, remaining=remaining, seconds_left=seconds_left, step_time=time, **measured)
     assert 64 <= size.batch_size <= 16_384
     assert size.batch_size % 64 == 0
     assert 0 < size.keep_rate <= 1
     if size.keep_rate > 1e-4:
         steps = size.keep_rate * remaining / size.batch_size
         assert steps * time.seconds(size.batch_size) <= seconds_left * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("measurable", "size"), [(True, 64), (False, 512)])
+def test_while_nothing_is_measured_the_smallest_batch_is_taken_unless_it_never_will_be(measurable: bool, size: int) -> None:
+    training = TrainingConfig(
+        batch_policy="deadline", min_batch_size=64, max_batch_size=4096, reference_batch_size=512, micro_batch_size=64
+    )
+    policy = batch_policy(training, fit=StepTimeFit(prior=TIME), noise=NoiseScale(measurable=measurable))
+    assert {decision.batch_size for decision in _decisions(policy, 100_000, 1e6)} == {size}
 
 
 def _decisions(policy: BatchPolicy, rows: int, seconds: float, slower: float = 1.0) -> list[Decision]:

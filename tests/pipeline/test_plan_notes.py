@@ -57,7 +57,12 @@ def test_a_window_smaller_than_the_reference_batch_is_noted() -> None:
 
 def test_a_noise_scale_that_is_not_known_or_was_kept_is_said() -> None:
     (unknown,) = notes(learning_rate_scaling="noise_scale")
-    assert "not measured yet; nine times the reference batch" in unknown
+    assert unknown == "the gradient noise scale is not measured yet; rates are those of the reference batch"
+    (unknown,) = notes(batch_policy="goodput")
+    assert "the smallest batch was taken where time sufficed, nine times the reference batch for it elsewhere" in unknown
+    (never,) = notes(batch_policy="goodput", noise=NoiseScale(measurable=False))
+    assert "not measured in fp16" in never
+    assert never.endswith("nine times the reference batch was taken for it")
     noise = NoiseScale()
     noise.add(Spread(noise=300.0, signal=3.0))
     assert notes(learning_rate_scaling="noise_scale", noise=noise) == []

@@ -53,6 +53,14 @@ def test_one_size_keeps_the_ratio_of_an_earlier_update_and_finds_the_scale_anew(
     assert fit.line.row_seconds == pytest.approx(2 * TRUE.row_seconds)
 
 
+def test_a_pass_that_begins_slowly_is_not_taken_for_slow_until_it_stays_so() -> None:
+    fit = StepTimeFit(prior=TRUE)
+    for number in range(8):
+        fit.add(steps=2, rows=1024, seconds=3 * 2 * TRUE.seconds(512))
+        slower = fit.line.seconds(512) / TRUE.seconds(512)
+        assert slower == pytest.approx(1.0 if number < 3 else 3.0)
+
+
 def test_a_single_size_without_an_earlier_update_is_not_known() -> None:
     fit = StepTimeFit()
     for _ in range(3):
