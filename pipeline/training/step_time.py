@@ -161,8 +161,8 @@ class StepTimeFit:
         return shape.slower(self._scale(shape))
 
     def _scale(self, shape: StepTime) -> float:
-        """Seconds of undisturbed steps over those of `shape`; an earlier line counts as one measurement, so that what begins in a
-        short stall is not taken for slow."""
+        """Seconds of undisturbed steps over those of `shape`; an earlier line counts as one measurement, so that a pass which
+        begins in a short stall is not taken for slow."""
         measured = list(self._latest.kept)
         if self._earlier is not None:
             size = measured[0][0]
