@@ -33,6 +33,8 @@ PLANS = 200
 """A pass is planned anew so many times, as rows go by."""
 WORTH_CHANGING = 0.1
 """A batch that could be smaller by less than this share stays as it is."""
+PROBED_APART = 4
+"""Times the smaller the larger of two sizes is by which costs are measured first."""
 LEAST_KEEP_RATE = 1e-4
 NEAR = 1.1
 """Batches are split evenly, so that a step has somewhat fewer rows than planned: this much longer it takes at most."""
@@ -305,9 +307,13 @@ class PlannedSize:
         return min(max(whole(self.reference, self.micro_batch), self.smallest), self.largest)
 
     def _probe(self) -> Size:
-        """Two sizes in turn, until the cost of a step and that of a row can be told apart."""
+        """Two sizes in turn, until the cost of a step and that of a row can be told apart: far apart, since an error of either
+        size's seconds makes a larger one of the step's cost, the nearer they lie."""
         base = self._base
-        other = 2 * base if 2 * base <= self.largest else max(whole(base / 2, self.micro_batch), 1)
+        smaller, larger = whole(base / PROBED_APART, self.micro_batch), min(PROBED_APART * base, self.largest)
+        other = (
+            smaller if smaller >= self.smallest else larger if larger >= 2 * base else max(whole(base / 2, self.micro_batch), 1)
+        )
         return Size(batch_size=other if self._chunks and self._chunks % 2 == 0 else base, reason=_PROBE)
 
     def _plan(self, remaining: int, seconds_left: float, line: StepTime) -> Size:
