@@ -12,7 +12,7 @@ come to in them is left out; the others plan what to leave out.
     python benchmarks/dynamic.py synthetic --seconds 1000
     python benchmarks/dynamic.py synthetic --hours 8 --rows-per-hour 40000 --seconds 0.2
     python benchmarks/dynamic.py brunch --hours 36 --seconds 1000
-    python benchmarks/dynamic.py brunch --hours 96 --window-hours 6 --seconds 0.25
+    python benchmarks/dynamic.py brunch --hours 144 --window-hours 24 --seconds 0.8 --fixed 512 1024 2048 4096
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
     if options.seeds < 2:
         cli.error(f"an interval needs --seeds of at least 2, got {options.seeds}")
     if options.dataset == "synthetic" and options.window_hours != 1:
-        cli.error(f"--window-hours is of brunch, got {options.window_hours} with the synthetic stream")
+        cli.error(f"--window-hours is of brunch, got {options.window_hours} with the synthetic stream; leave it out")
     if options.dataset == "synthetic":
         opened = synthetic_stream(options.hours, options.rows_per_hour)
     else:

@@ -177,7 +177,7 @@ class CounterBank:
         left_H = np.exp2(-(hour - self._bank_hour) / self._half_lives_H.astype(np.float64))
         left_RK = self._decay(hour - examples.hour_R[rows])
         weight_R1 = examples.weights_R[rows, None]
-        weight_RH = weight_R1 if left_RK is None else weight_R1 * left_RK[:, : self._num_spans]
+        weight_RH = weight_R1 if left_RK is None else weight_R1 * left_RK[:, : self._num_spans]  # or one column for all spans
         clicked_RH = weight_RH * examples.labels_R[rows, None]
         self._bank_clicks_H = self._bank_clicks_H * left_H + clicked_RH.sum(axis=0, dtype=np.float64)
         self._bank_impressions_H = self._bank_impressions_H * left_H + weight_RH.sum(axis=0, dtype=np.float64)

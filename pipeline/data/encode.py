@@ -59,6 +59,7 @@ class UserBags:
     """By key: the ids that `pools` has the rows of."""
 
     def __post_init__(self) -> None:
+        assert self.pools, "a history has a pool at least"
         first = self._offsets
         assert all(np.array_equal(bags.offsets, first) for bags in self.pools.values()), "a user's bags differ in length"
 

@@ -34,7 +34,7 @@ PLANS = 200
 WORTH_CHANGING = 0.1
 """A batch that could be smaller by less than this share stays as it is."""
 PROBED_APART = 4
-"""Times the smaller the larger of two sizes is by which costs are measured first."""
+"""Of the two sizes by which costs are first measured, the larger is so many times the smaller, where bounds allow."""
 LEAST_KEEP_RATE = 1e-4
 NEAR = 1.1
 """Batches are split evenly, so that a step has somewhat fewer rows than planned: this much longer it takes at most."""
@@ -307,14 +307,20 @@ class PlannedSize:
         return min(max(whole(self.reference, self.micro_batch), self.smallest), self.largest)
 
     def _probe(self) -> Size:
-        """Two sizes in turn, until the cost of a step and that of a row can be told apart: far apart, since an error of either
-        size's seconds makes a larger one of the step's cost, the nearer they lie."""
+        """Two sizes in turn, until the cost of a step and that of a row can be told apart."""
+        other = bool(self._chunks) and self._chunks % 2 == 0
+        return Size(batch_size=self._probed_beside_base() if other else self._base, reason=_PROBE)
+
+    def _probed_beside_base(self) -> int:
+        """Far from the base: the nearer two sizes lie, the more an error of either's seconds makes of the cost of a step."""
         base = self._base
-        smaller, larger = whole(base / PROBED_APART, self.micro_batch), min(PROBED_APART * base, self.largest)
-        other = (
-            smaller if smaller >= self.smallest else larger if larger >= 2 * base else max(whole(base / 2, self.micro_batch), 1)
-        )
-        return Size(batch_size=other if self._chunks and self._chunks % 2 == 0 else base, reason=_PROBE)
+        smaller = max(whole(base / PROBED_APART, self.micro_batch), self.smallest)
+        larger = min(PROBED_APART * base, self.largest)
+        if PROBED_APART * smaller <= base:
+            return smaller
+        if larger >= 2 * base:
+            return larger
+        return smaller if 2 * smaller <= base else max(base // 2, 1)
 
     def _plan(self, remaining: int, seconds_left: float, line: StepTime) -> Size:
         step_time = line.slower(self.fit.pace_over(seconds_left))

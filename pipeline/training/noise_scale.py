@@ -82,7 +82,7 @@ class NoiseScale:
     products_sum: float = 0.0
     """Of noise times signal; with the squares of both it tells how far the averages are to be believed."""
     measurable: bool = True
-    """False where no step may tell: the arithmetic or the shape of its batches does not allow it."""
+    """False where no step tells, or none of a small batch: the arithmetic or the shape of batches does not allow it."""
     measurements: int = 0
     last: float | None = None
     """N in rows; None until signal was measured. Kept while the signal's average is not positive."""
@@ -118,14 +118,16 @@ class NoiseScale:
         return Spread(noise=self.noise_sum / correction, signal=self.signal_sum / correction)
 
     def _lower_limit(self) -> float | None:
-        """The smaller root of `a N^2 - 2 b N + c = 0`, where `s - N g` is as large as its standard error: of averages s and g
-        with squared standard errors v_s and v_g, and v_sg of both, `a = g^2 - v_g`, `b = s g - v_sg`, `c = s^2 - v_s`.
+        """The smallest positive root of `a N^2 - 2 b N + c = 0`, where `s - N g` is its standard error.
+
+        Of averages s and g with squared standard errors v_s and v_g, and v_sg of both, `a = g^2 - v_g`, `b = s g - v_sg` and
+        `c = s^2 - v_s`.
 
         0 while a single measurement has told nothing of the errors.
         """
         left = self.decay**self.measurements
         squared_weights = (1 - self.decay) / (1 + self.decay) * (1 + left) / (1 - left)
-        if squared_weights >= 1:
+        if self.measurements < 2 or squared_weights >= 1:
             return 0.0
         share = squared_weights / (1 - squared_weights)
         s, g = self.averages.noise, self.averages.signal

@@ -34,11 +34,12 @@ def plan_notes(training: TrainingConfig, learned: Learned, learner: Learner, num
 
 
 def _without_noise_scale(training: TrainingConfig, learner: Learner) -> str:
-    unknown = "the gradient noise scale is not measured yet"
+    said = ["the gradient noise scale is not measured yet"]
     if not learner.noise_scale.measurable:
-        unknown = "the gradient noise scale is not measured in fp16, nor for batches of one micro-batch of a compiled network"
-    if training.batch_policy not in ("deadline", "goodput"):
-        return f"{unknown}; rates are those of the reference batch"
-    if not learner.noise_scale.measurable:
-        return f"{unknown}; nine times the reference batch was taken for it"
-    return f"{unknown}; the smallest batch was taken where time sufficed, nine times the reference batch for it elsewhere"
+        said = ["the gradient noise scale is not measured in fp16, nor for batches of one micro-batch of a compiled network"]
+    if "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling):
+        said.append("rates are those of the reference batch")
+    if training.batch_policy in ("deadline", "goodput"):
+        where = " where time was short, and the smallest batch where it sufficed" if learner.noise_scale.measurable else ""
+        said.append(f"nine times the reference batch was taken for it{where}")
+    return "; ".join(said)

@@ -101,6 +101,32 @@ def test_every_plan_is_allowed_and_fits(
         assert steps * time.seconds(size.batch_size) <= seconds_left * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("micro", "reference", "smallest", "largest", "other"),
+    [
+        (64, 1024, 64, 4096, 256),
+        (128, 128, 128, 4096, 512),
+        (125, 125, 125, 4000, 500),
+        (1000, 125, 125, 4000, 500),
+        (3, 3, 1, 4096, 12),
+        (512, 1536, 128, 1536, 512),
+        (64, 128, 128, 256, 256),
+        (64, 128, 128, 128, 64),
+        (125, 125, 125, 125, 62),
+    ],
+)
+def test_costs_are_first_measured_by_sizes_far_apart(
+    micro: int, reference: int, smallest: int, largest: int, other: int
+) -> None:
+    fit = StepTimeFit()
+    bounds: Any = {"min_batch_size": smallest, "max_batch_size": largest, "reference_batch_size": reference}
+    training = TrainingConfig(batch_policy="deadline", batch_size=reference, micro_batch_size=micro, **bounds)
+    decisions = _decisions(batch_policy(training, fit=fit), 1_000_000, 5.0)
+    probed = {decision.batch_size for decision in decisions[:12] if "measuring" in decision.reason}
+    assert probed == {reference, other}
+    assert fit.known
+
+
 @pytest.mark.parametrize(("measurable", "size"), [(True, 64), (False, 512)])
 def test_while_nothing_is_measured_the_smallest_batch_is_taken_unless_it_never_will_be(measurable: bool, size: int) -> None:
     training = TrainingConfig(
