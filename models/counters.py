@@ -19,8 +19,6 @@ from models.key_index import KeyChanges, KeyIndex, keys_over
 
 F64 = npt.NDArray[np.float64]
 
-BEFORE_ALL = np.int32(-(2**31))
-"""An hour that no row is earlier than."""
 LONGEST_TABLE_HOURS = 10_000
 """More than a year."""
 
@@ -164,12 +162,11 @@ class CounterBank:
         """`[U, K]` what `rows` add to their keys by the hours of these; once for all half-lives where nothing has decayed."""
         weights_R = examples.weights_R[rows]
         added = {"clicks": weights_R * examples.labels_R[rows], "impressions": weights_R}
+        by_kind = np.stack([added[kind] for kind in self._kinds], axis=1)
         left_RK = self._decay(hour_U.take(place_R) - examples.hour_R[rows])
         if left_RK is None:
-            sums = [np.bincount(place_R, added[kind], len(hour_U)) for kind in self._kinds]
-            return np.repeat(np.stack(sums, axis=1).astype(np.float32), self._num_spans, axis=1)
-        counted_RK = np.repeat(np.stack([added[kind] for kind in self._kinds], axis=1), self._num_spans, axis=1) * left_RK
-        return _sums(place_R, counted_RK, len(hour_U))
+            return np.repeat(_sums(place_R, by_kind, len(hour_U)), self._num_spans, axis=1)
+        return _sums(place_R, np.repeat(by_kind, self._num_spans, axis=1) * left_RK, len(hour_U))
 
     def _add_to_bank(self, examples: Examples, rows: I64, now: int) -> None:
         """Count `rows` into the totals of all keys together."""
@@ -214,8 +211,8 @@ class AgeBank:
         now = max(hour, int(examples.hour_R.max(initial=hour)))
         slots_R, fresh_R, num_evicted = self._index.find_or_add(keys_R, now)
         self._first_hour_S[slots_R[fresh_R]] = now
-        known_since_R = np.where(slots_R >= 0, self._first_hour_S.take(np.maximum(slots_R, 0)), BEFORE_ALL)
-        earlier = np.flatnonzero(examples.hour_R < known_since_R)
+        rows = np.flatnonzero(slots_R >= 0)
+        earlier = rows[examples.hour_R[rows] < self._first_hour_S.take(slots_R[rows])]
         np.minimum.at(self._first_hour_S, slots_R[earlier], examples.hour_R[earlier].astype(np.int32))
         return KeyChanges.of(keys_R, slots_R, fresh_R, num_evicted)
 

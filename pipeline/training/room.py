@@ -21,15 +21,14 @@ from data_schemas.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 KEPT_BLOCK_BYTES = 1 << 25
 """The most that glibc allows: larger blocks go back to the system when they are freed."""
 KEPT_BYTES = 1 << 30
 """Free at the end of malloc's heap, above which it gives some back."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
-
-log = logging.getLogger(__name__)
-
 LACKING = ("out of memory", "DefaultCPUAllocator", "allocate memory")
 """In what torch says: of a GPU in an error of its own, of the CPU in a plain RuntimeError."""
 
