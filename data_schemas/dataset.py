@@ -217,11 +217,22 @@ class Counter(_Declared):
     """Most keys that are counted at a time; the least recently seen gives way."""
     prior_rows: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Impressions at the average click rate that every key is given in advance, so that few rows make no extreme `ctr`."""
+    linear_only: tuple[Literal["clicks", "impressions", "ctr"], ...] = ()
+    """Statistics of `of` that are added to the logit, with one weight a column, and kept from the network: it cannot learn that
+    what has no past is clicked, so that new items are judged by their own clicks."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        for field in ("over", "of", "half_lives_hours"):
+        for field in ("over", "of", "half_lives_hours", "linear_only"):
             _refuse_repeats(field, getattr(self, field))
+        return self
+
+    @model_validator(mode="after")
+    def _counts_what_is_linear(self) -> Self:
+        if unknown := [name for name in self.linear_only if name not in self.of]:
+            raise ValueError(
+                f"'linear_only' has {unknown}, but 'of' counts {list(self.of)} only; add them to 'of', or leave them out"
+            )
         return self
 
 

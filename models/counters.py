@@ -6,7 +6,7 @@ in. Rows of one window never see each other: take the columns first, add after. 
 Letters: R rows, C columns, H half-lives, S slots, U slots that a window touches, K statistics kept of a slot.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,21 @@ def counter_columns(counter: Counter) -> list[str]:
     >>> counter_columns(Counter(over=("item_id",), of=("clicks", "ctr"), half_lives_hours=(24.0, float("inf"))))
     ['clicks_24h(item_id)', 'clicks_total(item_id)', 'ctr_24h(item_id)', 'ctr_total(item_id)']
     """
+    return _columns_of(counter, counter.of)
+
+
+def linear_only_columns(counter: Counter) -> list[str]:
+    """Those of them that the network does not see.
+
+    >>> linear_only_columns(Counter(over=("item_id",), of=("clicks", "ctr"), half_lives_hours=(24.0,), linear_only=("ctr",)))
+    ['ctr_24h(item_id)']
+    """
+    return _columns_of(counter, counter.linear_only)
+
+
+def _columns_of(counter: Counter, statistics: Sequence[str]) -> list[str]:
     spans = ["total" if span == float("inf") else repr(span).removesuffix(".0") + "h" for span in counter.half_lives_hours]
-    return [f"{statistic}_{span}({','.join(counter.over)})" for statistic in counter.of for span in spans]
+    return [f"{statistic}_{span}({','.join(counter.over)})" for statistic in statistics for span in spans]
 
 
 class CounterBank:

@@ -3,7 +3,7 @@
 Letters: B rows, N dense columns, S the sum of the embedding lengths of all lookups, W wide weights, D an embedding's length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -43,9 +43,17 @@ class DenseNet(nn.Module):
     as dense columns. Where single clicks are attended to, their weighted sum goes in as dense columns, and so do its product
     with the candidate and the sum of that. The wide weights and the linear part are added outside autocast, in fp32: they
     carry the calibration.
+
+    Args:
+        linear_only: places of the dense columns that the head does not see.
     """
 
-    def __init__(self, architecture: Architecture, layout: TableLayout, num_dense: int) -> None:
+    seen_N: torch.Tensor | None
+    """Places of the dense columns that the head sees; None: all are."""
+
+    def __init__(
+        self, architecture: Architecture, layout: TableLayout, num_dense: int, linear_only: Collection[int] = ()
+    ) -> None:
         super().__init__()
         self.dims = list(layout.head_dims)
         self.head_width = sum(self.dims)
@@ -53,7 +61,9 @@ class DenseNet(nn.Module):
         self.attended = [(layout.head_keys.index(of), count) for of, count in layout.attended.items()]
         products = sum(self.dims[pool] + 1 for pool, _ in self.candidate_of)
         products += sum(2 * self.dims[of] + 1 for of, _ in self.attended)
-        self.head = _head(architecture, self.dims, num_dense + products)
+        self.head = _head(architecture, self.dims, num_dense - len(linear_only) + products)
+        seen_N = [place for place in range(num_dense) if place not in linear_only]
+        self.register_buffer("seen_N", torch.tensor(seen_N, dtype=torch.long) if linear_only else None, persistent=False)
         self.attention = nn.ModuleList(ActivationUnit(self.dims[of]) for of, _ in self.attended)
         self.linear_N = nn.Parameter(torch.zeros(num_dense + len(self.candidate_of) + len(self.attended)))
         self.bias = nn.Parameter(torch.zeros(()))
@@ -61,7 +71,7 @@ class DenseNet(nn.Module):
     def forward(self, deep_BS: torch.Tensor, wide_BW: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
         """Logits `[B] float32`."""
         if not self.candidate_of and not self.attended:
-            return self._logits(deep_BS, wide_BW, dense_BN, dense_BN)
+            return self._logits(deep_BS, wide_BW, dense_BN, self._seen(dense_BN))
         head_BS, clicks_BS = deep_BS.split([self.head_width, deep_BS.shape[1] - self.head_width], dim=1)
         embedded = head_BS.split(self.dims, dim=1)
         products = [embedded[pool] * embedded[candidate] for pool, candidate in self.candidate_of]
@@ -70,7 +80,11 @@ class DenseNet(nn.Module):
         sums = [product_BD.sum(dim=1, keepdim=True) for product_BD in products]
         linear_BN = side_by_side(dense_BN, *sums)
         products += attended
-        return self._logits(head_BS, wide_BW, linear_BN, side_by_side(linear_BN, *products))
+        return self._logits(head_BS, wide_BW, linear_BN, side_by_side(self._seen(dense_BN), *sums, *products))
+
+    def _seen(self, dense_BN: torch.Tensor) -> torch.Tensor:
+        """The dense columns that the head sees."""
+        return dense_BN if self.seen_N is None else dense_BN.index_select(1, self.seen_N)
 
     def _logits(
         self, head_BS: torch.Tensor, wide_BW: torch.Tensor, linear_BN: torch.Tensor, dense_BN: torch.Tensor
@@ -124,6 +138,7 @@ def build_model(
     layout: TableLayout,
     *,
     num_dense: int,
+    linear_only: Collection[int] = (),
     sparse_optimizer: SparseOptimizer,
     sparse_learning_rate: float,
     wide_learning_rate: float,
@@ -135,6 +150,7 @@ def build_model(
     """A fresh model; the same seed gives the same bits.
 
     Args:
+        linear_only: places of the dense columns that go to the linear part alone.
         spread: makes the tables, of what makes them whole on a device, and leaves torch's generator as they leave it that are
             made from `seed`; None: all of them are on `device`.
     """
@@ -151,7 +167,7 @@ def build_model(
 
     torch.manual_seed(seed)
     tables = make(device) if spread is None else spread(make)
-    return CtrModel(tables, DenseNet(architecture, layout, num_dense).to(device), layout)
+    return CtrModel(tables, DenseNet(architecture, layout, num_dense, linear_only).to(device), layout)
 
 
 def _head(architecture: Architecture, dims: Sequence[int], num_dense: int) -> nn.Module:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import F32, Examples
-from models.counters import AgeBank, CounterBank, counter_columns
+from models.counters import AgeBank, CounterBank, counter_columns, linear_only_columns
 from models.histories import Histories, HistoryBank
 from models.key_index import KeyChanges, as_stored
 
@@ -54,6 +54,11 @@ def column_names(spec: DatasetSpec) -> list[str]:
     """
     counters = [name for counter in spec.counters for name in counter_columns(counter)]
     return counters + [f"age({feature})" for feature in spec.ages]
+
+
+def linear_only_names(spec: DatasetSpec) -> list[str]:
+    """Names of those of them that go to the linear part alone."""
+    return [name for counter in spec.counters for name in linear_only_columns(counter)]
 
 
 class Memory:

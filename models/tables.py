@@ -32,7 +32,7 @@ class TableLayout:
     deep: tuple[Table, ...]
     """For embeddings."""
     wide: tuple[Table, ...]
-    """For one weight an id."""
+    """For one weight an id: of features that are logged, and of crosses."""
     pools: tuple[tuple[str, str], ...] = ()
     """Keys of history pools, each with the feature that it pools."""
     clicks: tuple[tuple[str, str], ...] = ()
@@ -106,6 +106,9 @@ class TableLayout:
 def table_layout(spec: DatasetSpec) -> TableLayout:
     """A deep and a wide table for each categorical feature, a wide one for each cross.
 
+    The time of day has no wide weight: all rows of an hourly window share it, so that it would take what the hour owes to a
+    higher or lower click rate, and the next hour, which has another, would lose it again. That is for the bias to learn.
+
     A user's history of a feature is pooled in the feature's own table: what the user clicked and what the user is shown are
     the same items.
     """
@@ -120,7 +123,9 @@ def table_layout(spec: DatasetSpec) -> TableLayout:
         )
         for feature in spec.categorical
     )
-    wide = [Table(name=feature.name, rows=feature.capacity, dim=1, lookups=(feature.name,)) for feature in spec.categorical]
+    wide = [
+        Table(name=feature.name, rows=feature.capacity, dim=1, lookups=(feature.name,)) for feature in spec.logged_categorical()
+    ]
     crosses = [
         Table(name=name, rows=spec.cross_capacity, dim=1, lookups=(name,)) for name in (cross_key(c) for c in spec.crosses)
     ]

@@ -7,7 +7,7 @@ Every axis of a dense parameter that is as long as the inputs are wide gets labe
 positions, say which old number belongs where, so a new feature may stand anywhere in the declaration.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import assert_never
@@ -73,13 +73,16 @@ class Labelled:
     """None for an axis that does not depend on the inputs."""
 
 
-def labelled_parameters(architecture: Architecture, layout: TableLayout, dense_names: Sequence[str]) -> list[Labelled]:
+def labelled_parameters(
+    architecture: Architecture, layout: TableLayout, dense_names: Sequence[str], linear_only: Collection[str] = ()
+) -> list[Labelled]:
     """Every parameter of a `DenseNet` whose shape, or name, depends on the inputs.
 
     Args:
         architecture: of the network.
         layout: of its tables.
         dense_names: a name for each dense column.
+        linear_only: those that the head does not see.
     """
     dims = dict(zip(layout.head_keys, layout.head_dims, strict=True))
     histories = [*(pool for pool, _ in layout.pools), *(f"attended {of}" for of in layout.attended)]
@@ -88,7 +91,8 @@ def labelled_parameters(architecture: Architecture, layout: TableLayout, dense_n
     products = tuple(f"product({key})[{place}]" for key, dim in zip(histories, widths, strict=True) for place in range(dim))
     attended = tuple(f"attended {of}[{place}]" for of in layout.attended for place in range(dims[of]))
     embedded = tuple(f"{key}[{place}]" for key, dim in dims.items() for place in range(dim))
-    head = _head(architecture, layout.head_keys, embedded, (*linear, *products, *attended))
+    seen = tuple(name for name in linear if name not in linear_only)
+    head = _head(architecture, layout.head_keys, embedded, (*seen, *products, *attended))
     return [Labelled(name="linear_N", meaning="linear_N", axes=(linear,)), *head, *_projections(architecture, dims)]
 
 

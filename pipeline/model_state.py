@@ -24,7 +24,7 @@ from data_schemas.examples import I64, Examples
 from models.ctr import Architecture, CtrModel, build_model
 from models.embeddings import TableSlice
 from models.id_table import SHARED_ROW, IdFigures, IdTables
-from models.memory import Memory, column_names
+from models.memory import Memory, column_names, linear_only_names
 from models.tables import table_layout
 from models.widening import (
     Labelled,
@@ -36,7 +36,14 @@ from models.widening import (
     widen,
 )
 from pipeline.config import ModelConfig, UpdateConfig
-from pipeline.data.encode import EncodedWindow, dense_columns, look_up_again, num_dense_columns, num_normalised
+from pipeline.data.encode import (
+    EncodedWindow,
+    dense_columns,
+    linear_only_places,
+    look_up_again,
+    num_dense_columns,
+    num_normalised,
+)
 from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
 from pipeline.evaluation.paired import Evidence
@@ -492,6 +499,7 @@ def _model(
         architecture(config.model, gated=gated),
         layout,
         num_dense=num_dense_columns(spec),
+        linear_only=linear_only_places(spec),
         sparse_optimizer=config.training.sparse_optimizer,
         sparse_learning_rate=config.training.sparse_learning_rate,
         wide_learning_rate=config.training.wide_learning_rate,
@@ -620,9 +628,11 @@ def _widened(
     shape: Architecture,
 ) -> dict[str, torch.Tensor]:
     """The saved dense tensors as a model with more inputs has them; all that is new has weight zero."""
-    refuse_first_dense_columns(shape, num_dense_columns(old), num_dense_columns(new))
+    refuse_first_dense_columns(shape, *(num_dense_columns(spec) - len(linear_only_places(spec)) for spec in (old, new)))
     dense = dict(dense)
-    before, after = (labelled_parameters(shape, table_layout(spec), dense_columns(spec)) for spec in (old, new))
+    before, after = (
+        labelled_parameters(shape, table_layout(spec), dense_columns(spec), linear_only_names(spec)) for spec in (old, new)
+    )
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
         dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).head_keys)), learner, manifest)

@@ -20,7 +20,7 @@ from data_schemas.minibatch import MiniBatch
 from models.histories import Histories
 from models.id_table import SHARED_ROW, IdTables
 from models.ids import cross_rows
-from models.memory import Memory, column_names
+from models.memory import Memory, column_names, linear_only_names
 from models.tables import TableLayout, click_key, cross_key, history_pools, pool_key, table_layout
 from pipeline.data.delays import LEAST_LOG
 from pipeline.data.normalise import RunningMoments, normalise, transform
@@ -105,19 +105,20 @@ class EncodedWindow:
 
     def minibatch(self, rows_B: I64, *, filling_B: npt.NDArray[np.bool_] | None = None) -> MiniBatch:
         """The batch of these rows; those in `filling_B` only fill its shape and have weight 0."""
-        deep_keys = self.layout.lookup_keys
-        same = deep_keys == self.layout.wide_keys
+        deep_keys, wide_keys, carrier_B = self.layout.lookup_keys, self.layout.wide_keys, None
         gathered_KB = self.single_RK.take(rows_B, axis=0).T.astype(np.int64, order="C")
-        if same and deep_keys == list(self.single_keys):
-            segments, carrier_B, deep = {}, None, _one_id_each(gathered_KB, deep_keys)
-        else:
+        if self.layout.weighted:
             segments = self._segments(gathered_KB, rows_B)
             carrier_B = None if self.histories is None else _add_histories(segments, self.histories, rows_B, self.layout)
             deep = _jagged(segments, deep_keys, len(rows_B))
+            wide = deep if deep_keys == wide_keys else _jagged(segments, wide_keys, len(rows_B))
+        else:
+            deep = _one_id_each(gathered_KB, self.single_keys, deep_keys)
+            wide = deep if deep_keys == wide_keys else _one_id_each(gathered_KB, self.single_keys, wide_keys)
         weights_B = self.weights_R[rows_B]
         return MiniBatch(
             deep=deep,
-            wide=deep if same else _jagged(segments, self.layout.wide_keys, len(rows_B)),
+            wide=wide,
             history_row_B=None if carrier_B is None else torch.from_numpy(carrier_B),
             dense_BN=torch.from_numpy(self.dense_RN[rows_B]),
             labels_B=torch.from_numpy(self.labels_R[rows_B]),
@@ -273,6 +274,12 @@ def num_dense_columns(spec: DatasetSpec) -> int:
     return len(dense_columns(spec))
 
 
+def linear_only_places(spec: DatasetSpec) -> list[int]:
+    """Places in `dense_BN` of the columns that go to the linear part alone."""
+    columns = dense_columns(spec)
+    return [columns.index(name) for name in linear_only_names(spec)]
+
+
 def num_normalised(spec: DatasetSpec) -> int:
     """Dense columns that are normalised: all but the flags."""
     return len(spec.numeric) + len(column_names(spec))
@@ -398,8 +405,10 @@ def _single_clicks(bags: Bags, back: int, carrier_U: I64, num_rows: int) -> _Seg
     return _Segment(rows=rows, weights=np.ones(len(rows), np.float32), lengths=lengths)
 
 
-def _one_id_each(rows_KB: I64, keys: Sequence[str]) -> KeyedJaggedTensor:
-    """`_jagged` for keys that all have one id a row: nothing is copied."""
+def _one_id_each(rows_KB: I64, known: Sequence[str], keys: Sequence[str]) -> KeyedJaggedTensor:
+    """`_jagged` for keys that all have one id a row; nothing is copied where they are all that are known."""
+    if list(known) != list(keys):
+        rows_KB = rows_KB.take([known.index(key) for key in keys], axis=0)
     return KeyedJaggedTensor(
         keys=list(keys),
         values=torch.from_numpy(rows_KB.reshape(-1)),

@@ -28,7 +28,7 @@ from models.memory import Memory
 from models.narrow_tables import NarrowTables, narrowed
 from models.tables import table_layout
 from pipeline.config import ModelConfig, TablePrecision
-from pipeline.data.encode import encode, num_dense_columns
+from pipeline.data.encode import encode, linear_only_places, num_dense_columns
 from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
 from pipeline.evaluation.score import probabilities
@@ -159,16 +159,17 @@ def _model_of(
 ) -> CtrModel | ServedModel:
     """The network, without weights, over the tables as they were saved."""
     spec, kind = description.spec, architecture(description.model, gated=gated)
-    layout, num_dense = table_layout(spec), num_dense_columns(spec)
+    layout, num_dense, linear_only = table_layout(spec), num_dense_columns(spec), linear_only_places(spec)
     if description.table_precision != "fp32":
         narrow = NarrowTables(layout, tables, precision=description.table_precision, device=device)
-        return ServedModel(tables=narrow, net=DenseNet(kind, layout, num_dense).to(device), layout=layout)
+        return ServedModel(tables=narrow, net=DenseNet(kind, layout, num_dense, linear_only).to(device), layout=layout)
     if wrong := [name for name, tensor in tables.items() if tensor.dtype != torch.float32]:
         raise CorruptCheckpoint(f"tables in fp32 must hold float32: {wrong[0]} holds {tables[wrong[0]].dtype}")
     model = build_model(
         kind,
         layout,
         num_dense=num_dense,
+        linear_only=linear_only,
         sparse_optimizer="rowwise_adagrad",
         sparse_learning_rate=1.0,
         wide_learning_rate=1.0,

@@ -25,7 +25,7 @@ from models.histories import Histories
 from models.id_table import IdTables
 from models.tables import table_layout
 from pipeline.config import TrainingConfig
-from pipeline.data.encode import EncodedWindow, encode_known, num_dense_columns, num_normalised
+from pipeline.data.encode import EncodedWindow, encode_known, linear_only_places, num_dense_columns, num_normalised
 from pipeline.data.normalise import RunningMoments
 from pipeline.training.batch_size import FixedBatch
 from pipeline.training.budget import Deadline
@@ -108,6 +108,7 @@ def _copy(config: TrainingConfig, spec: DatasetSpec, architecture: Architecture)
             architecture,
             table_layout(small),
             num_dense=num_dense_columns(small),
+            linear_only=linear_only_places(small),
             sparse_optimizer=config.sparse_optimizer,
             sparse_learning_rate=LEARNING_RATE,
             wide_learning_rate=LEARNING_RATE,

@@ -169,6 +169,8 @@ def test_crosses_counters_ages_and_a_history_are_declared(tmp_path: Path) -> Non
         ('of = ["clicks"]', 'of = ["views"]', ["counters.1.of.0", "views", "impressions"]),
         ('of = ["clicks"]', 'of = ["clicks", "clicks"]', ["counters.1", "of", "2 times"]),
         ("capacity = 1024", "capacity = 0", ["counters.1.capacity", "0"]),
+        ('of = ["clicks"]', 'of = ["clicks"]\nlinear_only = ["ctr"]', ["counters.1", "linear_only", "ctr", "add them to 'of'"]),
+        ('of = ["clicks"]', 'of = ["clicks"]\nlinear_only = ["clicks", "clicks"]', ["counters.1", "linear_only", "2 times"]),
         ("capacity = 1024", "prior_rows = 0.0", ["counters.1.prior_rows"]),
         ("capacity = 1024", "prior_rows = inf", ["counters.1.prior_rows"]),
         ("[1, 24.0, inf]", "[1.0, 0.0]", ["counters.0.half_lives_hours.1"]),

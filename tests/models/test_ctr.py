@@ -21,12 +21,13 @@ TABLES = tuple(Table(name=name, rows=50, dim=dim, lookups=(name,)) for name, dim
 LAYOUT = TableLayout(deep=TABLES, wide=TABLES)
 
 
-def _model(kind: Kind, *, num_dense: int = 2, seed: int = 0) -> CtrModel:
+def _model(kind: Kind, *, num_dense: int = 2, linear_only: tuple[int, ...] = (), seed: int = 0) -> CtrModel:
     architecture = Architecture(kind=kind, hidden=(16, 8), common_dim=8, cross_layers=2, cross_rank=4)
     return build_model(
         architecture,
         LAYOUT,
         num_dense=num_dense,
+        linear_only=linear_only,
         sparse_optimizer="adagrad",
         sparse_learning_rate=0.1,
         wide_learning_rate=0.1,
@@ -65,6 +66,16 @@ class TestEveryModel:
 
     def test_works_without_dense_columns(self, kind: Kind) -> None:
         assert _model(kind, num_dense=0)(_batch(4, num_dense=0)).shape == (4,)
+
+    @pytest.mark.parametrize("linear_only", [(1,), (0, 1)])
+    def test_a_linear_column_adds_its_weight_and_nothing_more(self, kind: Kind, linear_only: tuple[int, ...]) -> None:
+        model, batch = _model(kind, linear_only=linear_only), _batch(5)
+        torch.nn.init.constant_(model.net.linear_N, 0.3)
+        moved = _of(batch.deep.values().view(3, 5), batch.dense_BN + torch.tensor([0.0, 2.0]))
+        torch.testing.assert_close(model(moved), model(batch) + 0.6)
+        assert sum(weight.numel() for weight in model.net.head.parameters()) == sum(
+            weight.numel() for weight in _model(kind, num_dense=2 - len(linear_only)).net.head.parameters()
+        )
 
     def test_scores_a_row_alike_alone_and_in_a_batch(self, kind: Kind) -> None:
         model, batch = _model(kind), _batch(5)

@@ -53,18 +53,27 @@ def test_tables_that_are_new_are_named() -> None:
     assert new_tables(table_layout(SMALL), table_layout(LARGE)) == {"deep.place", "wide.place", "wide.user x item"}
 
 
+@pytest.mark.parametrize(
+    ("old_linear", "new_linear"), [((), ()), (("ctr",), ("ctr",)), ((), ("age",)), (("ctr",), ("age", "ctr"))]
+)
 @pytest.mark.parametrize("kind", ["deepfm", "dcnv2", "dlrm"])
-def test_a_widened_network_answers_as_the_old_one_whatever_the_new_inputs_are(kind: str) -> None:
+def test_a_widened_network_answers_as_the_old_one_whatever_the_new_inputs_are(
+    kind: str, old_linear: tuple[str, ...], new_linear: tuple[str, ...]
+) -> None:
     """The old spec's inputs stand at other places in the new one; the new inputs are random."""
     torch.manual_seed(0)
     before, after = table_layout(SMALL), table_layout(LARGE)
     old_names, new_names = ["ctr", "clicks"], ["price", "clicks", "age", "ctr", "missing(price)"]
     old_shape, gated = shape(kind), shape(kind, gated=kind == "deepfm")
-    old, new = DenseNet(old_shape, before, len(old_names)), DenseNet(gated, after, len(new_names))
+    old = DenseNet(old_shape, before, len(old_names), [old_names.index(name) for name in old_linear])
+    new = DenseNet(gated, after, len(new_names), [new_names.index(name) for name in new_linear])
     for parameter in old.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     tensors = dict(old.named_parameters()) | ({"head.gate_F": torch.ones(2)} if kind == "deepfm" else {})
-    labels = [labelled_parameters(gated, layout, names) for layout, names in ((before, old_names), (after, new_names))]
+    labels = [
+        labelled_parameters(gated, layout, names, linear)
+        for layout, names, linear in ((before, old_names, old_linear), (after, new_names, new_linear))
+    ]
     with torch.no_grad():
         widened = widen(tensors, *labels)
         for name, parameter in new.named_parameters():

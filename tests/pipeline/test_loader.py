@@ -5,11 +5,13 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import Examples, IdLists, concatenate
 from data_schemas.hashing import MISSING, hash_ids, rows_of
 from models.memory import Memory
+from models.tables import table_layout
 from pipeline.data.encode import encode
 from pipeline.data.loader import to_examples
 from pipeline.data.normalise import RunningMoments
@@ -88,15 +90,24 @@ def test_dictionary_strings_hash_like_plain_ones() -> None:
     assert len(set(hash_ids(words).tolist())) == 4
 
 
+@pytest.mark.parametrize("crosses", [(), (("user", "item"),)])
 def test_a_batch_of_single_ids_equals_the_general_form(
-    small_spec: DatasetSpec, small_examples: Callable[..., Examples]
+    small_spec: DatasetSpec, small_examples: Callable[..., Examples], crosses: tuple[tuple[str, ...], ...]
 ) -> None:
     features = tuple(feature for feature in small_spec.categorical if not feature.many)
-    single = small_spec.model_copy(update={"categorical": features})
+    crossed = small_spec.model_copy(update={"crosses": crosses, "cross_capacity": 50})
+    single = crossed.model_copy(update={"categorical": features})
     examples = small_examples(30)
     rows = np.array([3, 29, 3, 0, 11])
-    fast = encode(examples, single, Memory(single), None, hour=0).minibatch(rows).deep
-    general = encode(examples, small_spec, Memory(small_spec), None, hour=0).minibatch(rows).deep.to_dict()
-    for key, values in fast.to_dict().items():
-        for part in ("values", "weights", "lengths"):
-            assert getattr(values, part)().tolist() == getattr(general[key], part)().tolist()
+    fast, general = (encode(examples, spec, Memory(spec), None, hour=0).minibatch(rows) for spec in (single, crossed))
+    for part in ("deep", "wide"):
+        expected = getattr(general, part).to_dict()
+        for key, values in getattr(fast, part).to_dict().items():
+            for of in ("values", "weights", "lengths", "offsets"):
+                assert getattr(values, of)().tolist() == getattr(expected[key], of)().tolist(), (part, key, of)
+
+
+def test_the_time_of_day_has_an_embedding_and_no_wide_weight(small_spec: DatasetSpec) -> None:
+    layout = table_layout(small_spec)
+    assert layout.deep_keys == ["user", "tags", "item", "hour_of_day"]
+    assert layout.wide_keys == ["user", "tags", "item"]
