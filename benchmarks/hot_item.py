@@ -1,17 +1,22 @@
 """How fast a model learns an item that is born hot, in one hourly update.
 
-    python benchmarks/hot_item.py [--hours 6] [--seeds 3] [--impressions 50 500] [--set training.wide_beta=0]
+    python benchmarks/hot_item.py [--hours 6] [--seeds 3] [--impressions 50 500] [--counters none linear network]
+                                  [--set training.wide_beta=0]
 
 The base CTR is .04. After six ordinary hours of 100,000 rows, the next hour shows 200 items never seen before, each with a true
 CTR of .20 and N impressions. The model learns that hour once, and then predicts fresh impressions of the same items, by other
 users: the table gives mean predicted over true CTR (1 is right), and what learning the hot items did to the log loss of all
-other items in the hour after, beside a model that learned the same hour without them. With and without counters. The last
-column is the log loss of that other model: what settings that are quick with hot items cost everybody else.
+other items in the hour after, beside a model that learned the same hour without them. The last column is the log loss of that
+other model: what settings that are quick with hot items cost everybody else.
+
+Counters are none; the click rate of an item, which goes to the linear part alone; or all that counters give, ages too, which
+the network sees.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +44,18 @@ BASE_CTR, HOT_CTR = 0.04, 0.20
 FRESH_IMPRESSIONS = 20_000
 ROWS_PER_HOUR = 100_000
 """So that at 500 impressions the hot items are half of the hour."""
-COUNTERS = (
-    Counter(over=("item_id",), of=("impressions", "ctr"), half_lives_hours=(1.0, 24.0), prior_rows=5.0),
-    Counter(over=("author_id",), of=("ctr",), half_lives_hours=(24.0,)),
-)
+REMEMBERED: dict[str, dict[str, Any]] = {
+    "none": {},
+    "linear": {"counters": (Counter(over=("item_id",), of=("ctr",), half_lives_hours=(24.0,), linear_only=("ctr",)),)},
+    "network": {
+        "counters": (
+            Counter(over=("item_id",), of=("impressions", "ctr"), half_lives_hours=(1.0, 24.0), prior_rows=5.0),
+            Counter(over=("author_id",), of=("ctr",), half_lives_hours=(24.0,)),
+        ),
+        "ages": ("item_id",),
+    },
+}
+"""What is declared beside the ids, by who sees it."""
 
 
 @dataclass(kw_only=True)
@@ -77,25 +90,28 @@ def main() -> None:
     parser.add_argument("--hours", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--impressions", type=int, nargs="+", default=[50, 500])
+    parser.add_argument("--counters", choices=REMEMBERED, nargs="+", default=list(REMEMBERED))
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings, beside those of the data set")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(title=f"{NUM_ITEMS} items born at {HOT_CTR / BASE_CTR:.0f} times the average CTR, after one hourly update")
     for name in ("counters", "impressions", "predicted / true CTR", "other items: log loss, change", "without them"):
         table.add_column(name, justify="right")
-    for counters in (True, False):
+    for counters in options.counters:
+        declared = REMEMBERED[counters]
         for impressions in options.impressions:
-            results = [measure(counters, impressions, options.hours, seed, options.set) for seed in range(options.seeds)]
+            results = [measure(declared, impressions, options.hours, seed, options.set) for seed in range(options.seeds)]
             ratios, changes, losses = zip(*results, strict=True)
             spreads = _spread(ratios, 3), _spread(changes, 5), f"{np.mean(losses):.5f}"
-            table.add_row("yes" if counters else "no", str(impressions), *spreads)
+            table.add_row(counters, str(impressions), *spreads)
     Console().print(table)
 
 
-def measure(counters: bool, impressions: int, hours: int, seed: int, overrides: Sequence[str]) -> tuple[float, float, float]:
+def measure(
+    declared: Mapping[str, Any], impressions: int, hours: int, seed: int, overrides: Sequence[str]
+) -> tuple[float, float, float]:
     """Predicted over true CTR of the hot items, the change of the other items' log loss, and that loss without hot items."""
-    spec = load_spec("synthetic")
-    spec = spec.model_copy(update={"counters": COUNTERS, "ages": ("item_id",)}) if counters else spec
+    spec = load_spec("synthetic").model_copy(update=declared)
     stream = SyntheticStream(
         SyntheticConfig(hours=hours + 2, rows_per_hour=ROWS_PER_HOUR, traffic_ratio=1.0, base_ctr=BASE_CTR, seed=seed)
     )

@@ -49,7 +49,7 @@ from pipeline.training.processes import Processes
 T = TypeVar("T")
 
 WANTED_SHARE = 0.05
-SHAPES = ((128, 0), (256, 2048), (1024, 0), (4096, 0))
+SHAPES = ((128, 0), (256, 2048), (1024, 0), (4096, 0), (1024, 8192))
 """Batch size and rows of a sparse step; the first is the data set's own."""
 
 
@@ -152,7 +152,7 @@ def _print_backfill(plain: UpdateConfig, overlapped: UpdateConfig, hours: int) -
 
 
 def _one_hour(way: _Way, read_ahead: ReadAhead | None, *, counts: bool) -> None:
-    update.learn = partial(learn, ahead=read_ahead is not None)  # type: ignore[attr-defined]
+    update.learn = partial(learn, ahead=None if read_ahead else False)  # type: ignore[attr-defined]
     try:
         started, cpu = time.perf_counter(), time.process_time()
         report = update.run_update(way.config, stage=_stage(way.config, read_ahead), read_ahead=read_ahead)

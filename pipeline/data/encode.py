@@ -8,6 +8,7 @@ Letters: R rows of the window, B rows of a batch, K keys with one id a row, N de
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -409,14 +410,22 @@ def _one_id_each(rows_KB: I64, known: Sequence[str], keys: Sequence[str]) -> Key
     """`_jagged` for keys that all have one id a row; nothing is copied where they are all that are known."""
     if list(known) != list(keys):
         rows_KB = rows_KB.take([known.index(key) for key in keys], axis=0)
+    weights, lengths, offsets = _of_single_ids(rows_KB.size)
     return KeyedJaggedTensor(
         keys=list(keys),
         values=torch.from_numpy(rows_KB.reshape(-1)),
-        weights=torch.from_numpy(np.ones(rows_KB.size, np.float32)),  # torch's own would start threads beside the learner's
-        lengths=torch.from_numpy(np.ones(rows_KB.size, np.int32)),
-        offsets=torch.from_numpy(np.arange(rows_KB.size + 1)),
+        weights=weights,
+        lengths=lengths,
+        offsets=offsets,
         stride=rows_KB.shape[1],
     )
+
+
+@lru_cache(maxsize=4)
+def _of_single_ids(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, lengths and offsets of so many ids, which are the same for every batch of a size. Not to be changed."""
+    ones = np.ones(count, np.float32)  # torch's own would start threads beside the learner's
+    return torch.from_numpy(ones), torch.from_numpy(ones.astype(np.int32)), torch.from_numpy(np.arange(count + 1))
 
 
 def _jagged(segments: Mapping[str, _Segment], keys: Sequence[str], size: int) -> KeyedJaggedTensor:

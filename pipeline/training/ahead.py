@@ -22,6 +22,10 @@ from data_schemas.examples import I64
 from data_schemas.minibatch import MiniBatch
 from pipeline.data.encode import EncodedWindow
 
+LEAST_ROWS = 4096
+"""Rows of a chunk from which cutting it ahead saves time where the learner needs the CPU itself: with fewer, Python's lock
+changes hands more often than the second thread is worth (benchmarks/waiting.py)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRows:
@@ -44,25 +48,30 @@ class ChunkRows:
 class CutAhead:
     """Cuts batches of a window, at most one chunk ahead: so much memory it takes."""
 
-    def __init__(self, window: EncodedWindow, *, ahead: bool = True) -> None:
+    def __init__(self, window: EncodedWindow, *, from_rows: float = 0) -> None:
+        """Of chunks with fewer than `from_rows` rows none is cut ahead."""
         self.waiting_seconds = 0.0
         """That `take` took."""
         self.thrown_away = 0
         """Chunks that were cut for a plan that then came out otherwise."""
+        self._from_rows = from_rows
         self._window = window
-        self._pool = ThreadPoolExecutor(1, "batches") if ahead else None
+        self._pool = ThreadPoolExecutor(1, "batches")  # its thread starts with the first chunk
         self._expected: tuple[ChunkRows, Future[MiniBatch]] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
+
+    def is_worth_it(self, num_rows: int) -> bool:
+        """Whether a chunk of so many rows is to be expected at all."""
+        return num_rows >= self._from_rows
 
     def expect(self, chunk: ChunkRows) -> None:
         """Starts to cut what is probably taken next; the weights of these rows must stay as they are until then."""
-        if self._pool is not None:
+        if self.is_worth_it(len(chunk.rows_C)):
             self._expected = chunk, self._pool.submit(self._cut, chunk)
 
     def take(self, chunk: ChunkRows) -> MiniBatch:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from data_schemas.examples import I64
 from pipeline.data.encode import EncodedWindow
 from pipeline.outcome import LossPoint, PlanRecord
-from pipeline.training.ahead import ChunkRows, CutAhead
+from pipeline.training.ahead import LEAST_ROWS, ChunkRows, CutAhead
 from pipeline.training.batch_size import BatchPolicy, Decision
 from pipeline.training.budget import Deadline
 from pipeline.training.learner import Learner, StepResult
@@ -120,7 +121,7 @@ def learn(
     kept_R: npt.NDArray[np.bool_] | None = None,
     probe_rows: int = 0,
     mean_weight: float | None = None,
-    ahead: bool = True,
+    ahead: bool | None = None,
 ) -> Learned:
     """Learns the window once, in the order that `seed` gives, until it is done or the deadline's reserve line is reached.
 
@@ -135,7 +136,8 @@ def learn(
         kept_R: only these rows are learned; the others are reached as the pass goes by.
         probe_rows: some steps are looked at on so many rows; 0 for none.
         mean_weight: of a row; that of the window where it is None.
-        ahead: batches are cut on a second thread while the ones before them are learned; the bits are the same without.
+        ahead: batches are cut on a second thread while the ones before them are learned; the bits are the same;
+            None: where it saves time.
     """
     started_pass = time.perf_counter()
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)
@@ -150,7 +152,7 @@ def learn(
     probes = _probes(learner, window, cursor, probe_rows)
     takes = _Takes(cursor, lambda: _thinning(window, seed, stratum_R))
     window = replace(window, weights_R=window.weights_R.copy())
-    with torch_threads(learner.threads), CutAhead(window, ahead=ahead) as cutting:
+    with torch_threads(learner.threads), CutAhead(window, from_rows=_ahead_from(ahead, learner.device)) as cutting:
         while not stopwatch.out_of_time:
             batches = _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())
             if not batches:
@@ -164,7 +166,8 @@ def learn(
             with memory_explained("cutting", len(planned.rows_C)):
                 cut = cutting.take(replace(planned, reweighted=reweighted))
             chunk = learner.look_up(cut)
-            if coming := _rows_to_come(cursor, batches[-1].decision, learner):
+            worth_it = cutting.is_worth_it(len(planned.rows_C))
+            if worth_it and (coming := _rows_to_come(cursor, batches[-1].decision, learner)):
                 cutting.expect(coming)
             for batch, rows in zip(batches, own_rows, strict=True):
                 if stopwatch.is_up():
@@ -294,6 +297,13 @@ def _plan_chunk(takes: _Takes, policy: BatchPolicy, step: int, learner: Learner,
             break
         batches.append(batch)
     return batches
+
+
+def _ahead_from(ahead: bool | None, device: torch.device) -> float:
+    """Rows of a chunk from which it is cut ahead."""
+    if ahead is None:
+        return LEAST_ROWS if device.type == "cpu" else 0
+    return 0 if ahead else math.inf
 
 
 def _rows_to_come(cursor: BatchCursor, decision: Decision, learner: Learner) -> ChunkRows | None:

@@ -1,5 +1,6 @@
 """Batches that are cut ahead are those that would be cut at once; a guess that was wrong is counted and changes nothing."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,16 +35,16 @@ def assert_same(one: MiniBatch, other: MiniBatch) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize(("from_rows", "ahead"), [(0, True), (3, True), (4, False), (math.inf, False)])
 @pytest.mark.parametrize(
     ("expected", "thrown_away"),
     [(None, 0), (chunk_of(5, 3, 9, filling=1), 0), (chunk_of(5, 3, 8, filling=1), 1), (chunk_of(5, 3, 9), 1)],
 )
 def test_what_is_taken_is_what_was_planned(
-    window: EncodedWindow, ahead: bool, expected: ChunkRows | None, thrown_away: int
+    window: EncodedWindow, from_rows: float, ahead: bool, expected: ChunkRows | None, thrown_away: int
 ) -> None:
     planned = chunk_of(5, 3, 9, filling=1)
-    with CutAhead(window, ahead=ahead) as cutting:
+    with CutAhead(window, from_rows=from_rows) as cutting:
         if expected is not None:
             cutting.expect(expected)
         assert_same(cutting.take(planned), window.minibatch(planned.rows_C, filling_B=planned.filling_C))
