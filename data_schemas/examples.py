@@ -78,9 +78,11 @@ def gathered(offsets: I64, chosen: I64) -> tuple[I64, I64]:
     >>> gathered(np.array([0, 2, 2, 5]), np.array([2, 0]))
     (array([2, 3, 4, 0, 1]), array([0, 3, 5]))
     """
-    lengths = np.diff(offsets)[chosen]
-    new_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    positions: I64 = np.repeat(offsets[:-1][chosen] - new_offsets[:-1], lengths) + np.arange(new_offsets[-1])
+    starts = offsets.take(chosen)
+    lengths = offsets.take(chosen + 1) - starts
+    new_offsets = np.zeros(len(chosen) + 1, np.int64)
+    lengths.cumsum(out=new_offsets[1:])
+    positions: I64 = (starts - new_offsets[:-1]).repeat(lengths) + np.arange(new_offsets[-1])
     return positions, new_offsets
 
 

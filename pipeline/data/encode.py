@@ -142,7 +142,7 @@ class EncodedWindow:
         }
         for key, bags in self.bags.items():
             taken = bags.take(rows_B)
-            lengths = np.diff(taken.offsets).astype(np.int32)
+            lengths = (taken.offsets[1:] - taken.offsets[:-1]).astype(np.int32)
             segments[key] = _Segment(rows=taken.rows_V, weights=taken.weights_V, lengths=lengths)
         return segments
 
@@ -432,7 +432,7 @@ def _jagged(segments: Mapping[str, _Segment], keys: Sequence[str], size: int) ->
     chosen = [segments[key] for key in keys]
     lengths = np.concatenate([segment.lengths for segment in chosen])
     offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    lengths.cumsum(out=offsets[1:])
     return KeyedJaggedTensor(
         keys=list(keys),
         values=torch.from_numpy(np.concatenate([segment.rows for segment in chosen])),
