@@ -14,9 +14,9 @@ the network sees.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -44,18 +44,22 @@ BASE_CTR, HOT_CTR = 0.04, 0.20
 FRESH_IMPRESSIONS = 20_000
 ROWS_PER_HOUR = 100_000
 """So that at 500 impressions the hot items are half of the hour."""
-REMEMBERED: dict[str, dict[str, Any]] = {
-    "none": {},
-    "linear": {"counters": (Counter(over=("item_id",), of=("ctr",), half_lives_hours=(24.0,), linear_only=("ctr",)),)},
-    "network": {
-        "counters": (
-            Counter(over=("item_id",), of=("impressions", "ctr"), half_lives_hours=(1.0, 24.0), prior_rows=5.0),
-            Counter(over=("author_id",), of=("ctr",), half_lives_hours=(24.0,)),
-        ),
-        "ages": ("item_id",),
-    },
-}
-"""What is declared beside the ids, by who sees it."""
+Seen = Literal["none", "linear", "network"]
+
+
+def _declared(counters: Seen) -> DatasetSpec:
+    """With what is remembered beside the ids, by what part of the model sees it."""
+    spec = load_spec("synthetic")
+    match counters:
+        case "none":
+            return spec
+        case "linear":
+            ctr = Counter(over=("item_id",), of=("ctr",), half_lives_hours=(24.0,), linear_only=("ctr",))
+            return spec.model_copy(update={"counters": (ctr,)})
+        case "network":
+            item = Counter(over=("item_id",), of=("impressions", "ctr"), half_lives_hours=(1.0, 24.0), prior_rows=5.0)
+            author = Counter(over=("author_id",), of=("ctr",), half_lives_hours=(24.0,))
+            return spec.model_copy(update={"counters": (item, author), "ages": ("item_id",)})
 
 
 @dataclass(kw_only=True)
@@ -90,7 +94,7 @@ def main() -> None:
     parser.add_argument("--hours", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--impressions", type=int, nargs="+", default=[50, 500])
-    parser.add_argument("--counters", choices=REMEMBERED, nargs="+", default=list(REMEMBERED))
+    parser.add_argument("--counters", choices=get_args(Seen), nargs="+", default=list(get_args(Seen)))
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings, beside those of the data set")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,20 +102,17 @@ def main() -> None:
     for name in ("counters", "impressions", "predicted / true CTR", "other items: log loss, change", "without them"):
         table.add_column(name, justify="right")
     for counters in options.counters:
-        declared = REMEMBERED[counters]
+        spec = _declared(counters)
         for impressions in options.impressions:
-            results = [measure(declared, impressions, options.hours, seed, options.set) for seed in range(options.seeds)]
+            results = [measure(spec, impressions, options.hours, seed, options.set) for seed in range(options.seeds)]
             ratios, changes, losses = zip(*results, strict=True)
             spreads = _spread(ratios, 3), _spread(changes, 5), f"{np.mean(losses):.5f}"
             table.add_row(counters, str(impressions), *spreads)
     Console().print(table)
 
 
-def measure(
-    declared: Mapping[str, Any], impressions: int, hours: int, seed: int, overrides: Sequence[str]
-) -> tuple[float, float, float]:
+def measure(spec: DatasetSpec, impressions: int, hours: int, seed: int, overrides: Sequence[str]) -> tuple[float, float, float]:
     """Predicted over true CTR of the hot items, the change of the other items' log loss, and that loss without hot items."""
-    spec = load_spec("synthetic").model_copy(update=declared)
     stream = SyntheticStream(
         SyntheticConfig(hours=hours + 2, rows_per_hour=ROWS_PER_HOUR, traffic_ratio=1.0, base_ctr=BASE_CTR, seed=seed)
     )

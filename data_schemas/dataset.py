@@ -218,8 +218,8 @@ class Counter(_Declared):
     prior_rows: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Impressions at the average click rate that every key is given in advance, so that few rows make no extreme `ctr`."""
     linear_only: tuple[Literal["clicks", "impressions", "ctr"], ...] = ()
-    """Statistics of `of` that are added to the logit, with one weight a column, and kept from the network: it cannot learn that
-    what has no past is clicked, so that new items are judged by their own clicks."""
+    """Statistics of `of` that are added to the logit, with one weight a column, and kept from the network. For `ctr`: a network
+    that sees it learns from hot new items that what has no past is clicked."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
@@ -335,6 +335,9 @@ class DatasetSpec(_Declared):
             known = [c.name for c in self.categorical if not c.many and not c.from_time]
             if feature is not None and feature not in known:
                 raise ValueError(f"{role!r} is {feature!r}, which is no single-id categorical feature; choose one of {known}")
+        if not any(True for _ in self.logged_categorical()):
+            times = [feature.name for feature in self.categorical]
+            raise ValueError(f"'categorical' has features made of the time only, {times}; declare one that is logged as well")
         if "*" in self.event_key and self.event_key != ("*",):
             raise ValueError("event_key '*' (the whole row) stands alone; leave out the other columns")
         return self

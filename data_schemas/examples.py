@@ -73,10 +73,12 @@ class Examples:
 
 
 def gathered(offsets: I64, chosen: I64) -> tuple[I64, I64]:
-    """Where the values of the chosen lists lie among the values of all, list after list, and the offsets of the chosen lists.
+    """Where the values of the lists at `chosen` positions lie among those of all, list after list, and the offsets of these.
 
-    >>> gathered(np.array([0, 2, 2, 5]), np.array([2, 0]))
-    (array([2, 3, 4, 0, 1]), array([0, 3, 5]))
+    >>> gathered(np.array([0, 2, 2, 5]), np.array([2, 1, 0]))
+    (array([2, 3, 4, 0, 1]), array([0, 3, 3, 5]))
+    >>> gathered(np.array([0]), np.array([], np.int64))
+    (array([], dtype=int64), array([0]))
     """
     starts = offsets.take(chosen)
     lengths = offsets.take(chosen + 1) - starts

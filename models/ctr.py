@@ -1,6 +1,7 @@
 """CtrModel: embedding tables, a wide part and a head; and the one place that chooses between heads.
 
-Letters: B rows, N dense columns, S the sum of the embedding lengths of all lookups, W wide weights, D an embedding's length.
+Letters: B rows, N dense columns, M of them that the head sees, S the sum of the embedding lengths of all lookups,
+W wide weights, D an embedding's length.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -48,7 +49,7 @@ class DenseNet(nn.Module):
         linear_only: places of the dense columns that the head does not see.
     """
 
-    seen_N: torch.Tensor | None
+    seen_M: torch.Tensor | None
     """Places of the dense columns that the head sees; None: all are."""
 
     def __init__(
@@ -62,8 +63,8 @@ class DenseNet(nn.Module):
         products = sum(self.dims[pool] + 1 for pool, _ in self.candidate_of)
         products += sum(2 * self.dims[of] + 1 for of, _ in self.attended)
         self.head = _head(architecture, self.dims, num_dense - len(linear_only) + products)
-        seen_N = [place for place in range(num_dense) if place not in linear_only]
-        self.register_buffer("seen_N", torch.tensor(seen_N, dtype=torch.long) if linear_only else None, persistent=False)
+        seen_M = [place for place in range(num_dense) if place not in linear_only]
+        self.register_buffer("seen_M", torch.tensor(seen_M, dtype=torch.long) if linear_only else None, persistent=False)
         self.attention = nn.ModuleList(ActivationUnit(self.dims[of]) for of, _ in self.attended)
         self.linear_N = nn.Parameter(torch.zeros(num_dense + len(self.candidate_of) + len(self.attended)))
         self.bias = nn.Parameter(torch.zeros(()))
@@ -84,13 +85,13 @@ class DenseNet(nn.Module):
 
     def _seen(self, dense_BN: torch.Tensor) -> torch.Tensor:
         """The dense columns that the head sees."""
-        return dense_BN if self.seen_N is None else dense_BN.index_select(1, self.seen_N)
+        return dense_BN if self.seen_M is None else dense_BN.index_select(1, self.seen_M)
 
     def _logits(
-        self, head_BS: torch.Tensor, wide_BW: torch.Tensor, linear_BN: torch.Tensor, dense_BN: torch.Tensor
+        self, head_BS: torch.Tensor, wide_BW: torch.Tensor, linear_BN: torch.Tensor, seen_BM: torch.Tensor
     ) -> torch.Tensor:
-        """`[B]`: of the head, which sees `dense_BN`, the wide part and the linear part."""
-        logits_B: torch.Tensor = self.head(head_BS, dense_BN)
+        """`[B]`: of the head, which sees `seen_BM`, the wide part and the linear part."""
+        logits_B: torch.Tensor = self.head(head_BS, seen_BM)
         return logits_B.float() + wide_BW.sum(dim=1) + (linear_BN * self.linear_N).sum(dim=1) + self.bias
 
     def _attend(self, embedded: Sequence[torch.Tensor], clicks_BS: torch.Tensor) -> list[torch.Tensor]:

@@ -104,10 +104,10 @@ class TableLayout:
 
 
 def table_layout(spec: DatasetSpec) -> TableLayout:
-    """A deep and a wide table for each categorical feature, a wide one for each cross.
+    """A deep table for each categorical feature, a wide one for each that is logged and for each cross.
 
-    The time of day has no wide weight: all rows of an hourly window share it, so that it would take what the hour owes to a
-    higher or lower click rate, and the next hour, which has another, would lose it again. That is for the bias to learn.
+    The time of day has no wide weight: all rows of an hourly window share it, so that it would absorb the click rate of the
+    hour, which is for the bias to learn, and the next hour, with another weight, would start without it.
 
     A user's history of a feature is pooled in the feature's own table: what the user clicked and what the user is shown are
     the same items.

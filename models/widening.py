@@ -21,6 +21,8 @@ from models.tables import TableLayout
 
 Labels = tuple[str, ...]
 """Names along an axis."""
+DENSE_NETWORK_OF_DLRM = "head.bottom.0.weight"
+"""The parameter that a DLRM has where its head sees dense columns."""
 
 
 def additions(old: DatasetSpec, new: DatasetSpec) -> list[str] | None:
@@ -169,7 +171,7 @@ def _head(architecture: Architecture, keys: Sequence[str], embedded: Labels, den
             pairs = tuple(" . ".join(sorted(pair)) for pair in combinations(("dense columns", *keys), 2))
             axes = {"top.0.weight": (None, (*bottom, *pairs))}
             if dense:
-                axes["bottom.0.weight"] = (None, dense)
+                axes[DENSE_NETWORK_OF_DLRM.removeprefix("head.")] = (None, dense)
         case unknown:
             assert_never(unknown)
     return [Labelled(name=f"head.{name}", meaning=f"head.{name}", axes=labels) for name, labels in axes.items()]
@@ -188,14 +190,15 @@ def _projections(architecture: Architecture, dims: Mapping[str, int]) -> list[La
     ]
 
 
-def refuse_first_dense_columns(architecture: Architecture, num_before: int, num_after: int) -> None:
-    """DLRM without dense columns has a learned vector where with them it has a network.
+def refuse_first_dense_columns(architecture: Architecture, old: Sequence[Labelled], new: Sequence[Labelled]) -> None:
+    """A DLRM whose head sees no dense columns has a learned vector where with them it has a network.
 
     Raises:
-        SpecMismatch: a DLRM without dense columns is to get some.
+        SpecMismatch: such a DLRM is to get some.
     """
-    if architecture.kind == "dlrm" and num_before == 0 and num_after > 0:
+    before, after = (any(parameter.name == DENSE_NETWORK_OF_DLRM for parameter in each) for each in (old, new))
+    if architecture.kind == "dlrm" and after and not before:
         raise SpecMismatch(
-            "a DLRM that was trained without dense columns (numbers, counters, ages, histories) cannot get its first ones; "
-            "start a new model under another model_name"
+            "a DLRM that was trained without dense columns (numbers, ages, histories, counters that are not linear_only) "
+            "cannot get its first ones; start a new model under another model_name"
         )

@@ -48,6 +48,7 @@ from pipeline.data.normalise import RunningMoments
 from pipeline.data.windows import Cursor, Window
 from pipeline.evaluation.paired import Evidence
 from pipeline.publishing.checkpoint import (
+    TIMES_WITHOUT_WEIGHT,
     Base,
     Manifest,
     Moments,
@@ -615,8 +616,23 @@ def _filled(
         serving=places.current if manifest.version == places.head else None,
         evidence=_evidence(kept, places.current),
         base=places.base if same else None,
-        notes=tuple(f"{added} is new: it starts from zero effect" for added in additions(trained_on, spec) or ()),
+        notes=(*_passed_over(manifest, trained_on), *_added(trained_on, spec)),
     )
+
+
+def _passed_over(manifest: Manifest, trained_on: DatasetSpec) -> list[str]:
+    """What an older tidemark saved and this one has no use for, in words."""
+    times = [feature.name for feature in trained_on.categorical if feature.from_time]
+    if manifest.format >= TIMES_WITHOUT_WEIGHT or not times:
+        return []
+    return [
+        f"version {manifest.version} was saved by an older tidemark: the wide weights of {', '.join(times)} are left out, "
+        "since a time has an embedding only; predictions are off by them until the bias has learned an hour"
+    ]
+
+
+def _added(old: DatasetSpec, new: DatasetSpec) -> list[str]:
+    return [f"{added} is new: it starts from zero effect" for added in additions(old, new) or ()]
 
 
 def _widened(
@@ -628,11 +644,11 @@ def _widened(
     shape: Architecture,
 ) -> dict[str, torch.Tensor]:
     """The saved dense tensors as a model with more inputs has them; all that is new has weight zero."""
-    refuse_first_dense_columns(shape, *(num_dense_columns(spec) - len(linear_only_places(spec)) for spec in (old, new)))
-    dense = dict(dense)
     before, after = (
         labelled_parameters(shape, table_layout(spec), dense_columns(spec), linear_only_names(spec)) for spec in (old, new)
     )
+    refuse_first_dense_columns(shape, before, after)
+    dense = dict(dense)
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:
         dense |= _new_parameter(GATE, torch.ones(len(table_layout(old).head_keys)), learner, manifest)

@@ -8,7 +8,7 @@ Letters: R rows of the window, B rows of a batch, K keys with one id a row, N de
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -106,20 +106,20 @@ class EncodedWindow:
 
     def minibatch(self, rows_B: I64, *, filling_B: npt.NDArray[np.bool_] | None = None) -> MiniBatch:
         """The batch of these rows; those in `filling_B` only fill its shape and have weight 0."""
-        deep_keys, wide_keys, carrier_B = self.layout.lookup_keys, self.layout.wide_keys, None
+        deep_keys, wide_keys = self.layout.lookup_keys, self.layout.wide_keys
+        carrier_B: I64 | None = None
         gathered_KB = self.single_RK.take(rows_B, axis=0).T.astype(np.int64, order="C")
         if self.layout.weighted:
             segments = self._segments(gathered_KB, rows_B)
             carrier_B = None if self.histories is None else _add_histories(segments, self.histories, rows_B, self.layout)
-            deep = _jagged(segments, deep_keys, len(rows_B))
-            wide = deep if deep_keys == wide_keys else _jagged(segments, wide_keys, len(rows_B))
+            look_up = partial(_jagged, segments, size=len(rows_B))
         else:
-            deep = _one_id_each(gathered_KB, self.single_keys, deep_keys)
-            wide = deep if deep_keys == wide_keys else _one_id_each(gathered_KB, self.single_keys, wide_keys)
+            look_up = partial(_one_id_each, gathered_KB, self.single_keys)
+        deep = look_up(deep_keys)
         weights_B = self.weights_R[rows_B]
         return MiniBatch(
             deep=deep,
-            wide=wide,
+            wide=deep if deep_keys == wide_keys else look_up(wide_keys),
             history_row_B=None if carrier_B is None else torch.from_numpy(carrier_B),
             dense_BN=torch.from_numpy(self.dense_RN[rows_B]),
             labels_B=torch.from_numpy(self.labels_R[rows_B]),
@@ -406,10 +406,10 @@ def _single_clicks(bags: Bags, back: int, carrier_U: I64, num_rows: int) -> _Seg
     return _Segment(rows=rows, weights=np.ones(len(rows), np.float32), lengths=lengths)
 
 
-def _one_id_each(rows_KB: I64, known: Sequence[str], keys: Sequence[str]) -> KeyedJaggedTensor:
-    """`_jagged` for keys that all have one id a row; nothing is copied where they are all that are known."""
-    if list(known) != list(keys):
-        rows_KB = rows_KB.take([known.index(key) for key in keys], axis=0)
+def _one_id_each(rows_KB: I64, own_keys: Sequence[str], keys: Sequence[str]) -> KeyedJaggedTensor:
+    """`_jagged` for keys that all have one id a row; nothing is copied where they are all of the window's own keys."""
+    if list(own_keys) != list(keys):
+        rows_KB = rows_KB.take([own_keys.index(key) for key in keys], axis=0)
     weights, lengths, offsets = _of_single_ids(rows_KB.size)
     return KeyedJaggedTensor(
         keys=list(keys),

@@ -66,9 +66,12 @@ FORGOTTEN = ".forgotten"
 """Ending of the empty folder that keeps the number of a version which was not proven."""
 CORRUPT = ".corrupt"
 """Ending of the folder of a version that was set aside."""
-FORMAT = 2
-READABLE = (1, FORMAT)
-"""In format 1 every version is whole, past rows lie among the memory, and averages of table rows among the dense tensors."""
+FORMAT = 3
+READABLE = (1, 2, FORMAT)
+"""In format 1 every version is whole, past rows lie among the memory, and averages of table rows among the dense tensors; until
+format 2 features made of the time have wide weights, which are passed over."""
+TIMES_WITHOUT_WEIGHT = 3
+"""The first format in which they have none."""
 Content = Literal["dense", "tables", "memory", "rows", "pending"]
 Kind = Literal["base", "delta"]
 OF_CURSOR: tuple[Content, ...] = ("pending",)

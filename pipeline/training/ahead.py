@@ -9,6 +9,7 @@ would let a deadline see one chunk less; what is ahead is a guess that the plan 
 Letters: C rows of a chunk in this process.
 """
 
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from data_schemas.examples import I64
 from data_schemas.minibatch import MiniBatch
@@ -45,11 +47,18 @@ class ChunkRows:
         return np.array_equal(self.rows_C, planned.rows_C) and np.array_equal(self.filling_C, planned.filling_C)
 
 
+def ahead_from(ahead: bool | None, device: torch.device) -> float:
+    """Rows of a chunk from which it is cut ahead; None: where that saves time."""
+    if ahead is None:
+        return LEAST_ROWS if device.type == "cpu" else 0
+    return 0 if ahead else math.inf
+
+
 class CutAhead:
     """Cuts batches of a window, at most one chunk ahead: so much memory it takes."""
 
     def __init__(self, window: EncodedWindow, *, from_rows: float = 0) -> None:
-        """Of chunks with fewer than `from_rows` rows none is cut ahead."""
+        """`is_worth_it` from `from_rows` rows of a chunk on."""
         self.waiting_seconds = 0.0
         """That `take` took."""
         self.thrown_away = 0
@@ -66,13 +75,12 @@ class CutAhead:
         self._pool.shutdown(cancel_futures=True)
 
     def is_worth_it(self, num_rows: int) -> bool:
-        """Whether a chunk of so many rows is to be expected at all."""
+        """Whether to expect chunks of about so many rows."""
         return num_rows >= self._from_rows
 
     def expect(self, chunk: ChunkRows) -> None:
         """Starts to cut what is probably taken next; the weights of these rows must stay as they are until then."""
-        if self.is_worth_it(len(chunk.rows_C)):
-            self._expected = chunk, self._pool.submit(self._cut, chunk)
+        self._expected = chunk, self._pool.submit(self._cut, chunk)
 
     def take(self, chunk: ChunkRows) -> MiniBatch:
         """The batch of these rows.

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from data_schemas.examples import I64
 from pipeline.data.encode import EncodedWindow
 from pipeline.outcome import LossPoint, PlanRecord
-from pipeline.training.ahead import LEAST_ROWS, ChunkRows, CutAhead
+from pipeline.training.ahead import ChunkRows, CutAhead, ahead_from
 from pipeline.training.batch_size import BatchPolicy, Decision
 from pipeline.training.budget import Deadline
 from pipeline.training.learner import Learner, StepResult
@@ -152,7 +151,7 @@ def learn(
     probes = _probes(learner, window, cursor, probe_rows)
     takes = _Takes(cursor, lambda: _thinning(window, seed, stratum_R))
     window = replace(window, weights_R=window.weights_R.copy())
-    with torch_threads(learner.threads), CutAhead(window, from_rows=_ahead_from(ahead, learner.device)) as cutting:
+    with torch_threads(learner.threads), CutAhead(window, from_rows=ahead_from(ahead, learner.device)) as cutting:
         while not stopwatch.out_of_time:
             batches = _plan_chunk(takes, policy, trace.steps, learner, stopwatch.agreed_left())
             if not batches:
@@ -297,13 +296,6 @@ def _plan_chunk(takes: _Takes, policy: BatchPolicy, step: int, learner: Learner,
             break
         batches.append(batch)
     return batches
-
-
-def _ahead_from(ahead: bool | None, device: torch.device) -> float:
-    """Rows of a chunk from which it is cut ahead."""
-    if ahead is None:
-        return LEAST_ROWS if device.type == "cpu" else 0
-    return 0 if ahead else math.inf
 
 
 def _rows_to_come(cursor: BatchCursor, decision: Decision, learner: Learner) -> ChunkRows | None:

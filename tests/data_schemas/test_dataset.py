@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from data_schemas.dataset import DATASETS_FOLDER, DatasetSpec, known_datasets, load_spec
 from data_schemas.errors import SpecError
@@ -91,6 +92,14 @@ def test_a_wrong_spec_fails_at_load_and_names_the_field(tmp_path: Path, old: str
     with pytest.raises(SpecError) as caught:
         load_spec(write(tmp_path, GOOD.replace(old, new)))
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_features_made_of_the_time_are_not_enough() -> None:
+    declared = {"name": "x", "time": {"column": "t"}, "label": {"column": "y"}, "event_key": ("t",)}
+    hour = {"name": "hour", "from_time": "hour_of_day", "capacity": 24}
+    with pytest.raises(ValidationError, match=r"made of the time only, \['hour'\]; declare one that is logged"):
+        DatasetSpec.model_validate(declared | {"categorical": (hour,)})
+    DatasetSpec.model_validate(declared | {"categorical": (hour, {"name": "item"})})
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -120,6 +120,13 @@ def test_what_is_not_whole_is_refused_by_its_name(precision: NarrowPrecision) ->
             NarrowTables(LAYOUT, wrong, precision=precision, device=CPU)
 
 
+@both
+def test_a_wide_weight_of_a_time_from_an_older_export_is_passed_over(precision: NarrowPrecision) -> None:
+    without = TableLayout(deep=LAYOUT.deep, wide=LAYOUT.wide[:1])
+    held = NarrowTables(without, as_saved(weights(), precision), precision=precision, device=CPU)
+    assert held.nbytes("wide") == 2 * LAYOUT.wide[0].rows
+
+
 def test_what_16_bits_cannot_hold_is_refused() -> None:
     tables = weights() | {"deep.user.weight": torch.full((50, 8), 1e6)}
     with pytest.raises(CorruptCheckpoint, match=r"user.* not finite; export it in fp32"):

@@ -95,7 +95,19 @@ def test_a_gate_that_was_learned_keeps_its_values_when_the_model_grows_again() -
 
 
 def test_the_first_dense_columns_of_a_dlrm_are_refused() -> None:
-    refuse_first_dense_columns(shape("deepfm"), 0, 3)
-    refuse_first_dense_columns(shape("dlrm"), 1, 3)
-    with pytest.raises(SpecMismatch, match="without dense columns"):
-        refuse_first_dense_columns(shape("dlrm"), 0, 3)
+    ids, remembering = spec("user", "item"), spec("user", "item", history=History(of=("item",)))
+
+    def refuse(kind: str, old: DatasetSpec, new: DatasetSpec, before: tuple[str, ...], after: tuple[str, ...]) -> None:
+        labels = [
+            labelled_parameters(shape(kind), table_layout(declared), names, linear_only=["ctr"])
+            for declared, names in ((old, before), (new, after))
+        ]
+        refuse_first_dense_columns(shape(kind), *labels)
+
+    refuse("deepfm", ids, ids, (), ("age",))
+    refuse("dlrm", ids, ids, ("price",), ("price", "age"))
+    refuse("dlrm", ids, ids, (), ("ctr",))
+    refuse("dlrm", remembering, remembering, ("ctr",), ("ctr", "age"))
+    for new, before, after in ((ids, (), ("age",)), (ids, ("ctr",), ("ctr", "age")), (remembering, ("ctr",), ("ctr",))):
+        with pytest.raises(SpecMismatch, match="without dense columns"):
+            refuse("dlrm", ids, new, before, after)

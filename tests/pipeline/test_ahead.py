@@ -13,7 +13,7 @@ from data_schemas.examples import Examples
 from data_schemas.minibatch import MiniBatch
 from models.memory import Memory
 from pipeline.data.encode import EncodedWindow, encode
-from pipeline.training.ahead import ChunkRows, CutAhead
+from pipeline.training.ahead import LEAST_ROWS, ChunkRows, CutAhead, ahead_from
 
 
 @pytest.fixture
@@ -35,21 +35,30 @@ def assert_same(one: MiniBatch, other: MiniBatch) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.parametrize(("from_rows", "ahead"), [(0, True), (3, True), (4, False), (math.inf, False)])
 @pytest.mark.parametrize(
     ("expected", "thrown_away"),
     [(None, 0), (chunk_of(5, 3, 9, filling=1), 0), (chunk_of(5, 3, 8, filling=1), 1), (chunk_of(5, 3, 9), 1)],
 )
-def test_what_is_taken_is_what_was_planned(
-    window: EncodedWindow, from_rows: float, ahead: bool, expected: ChunkRows | None, thrown_away: int
-) -> None:
+def test_what_is_taken_is_what_was_planned(window: EncodedWindow, expected: ChunkRows | None, thrown_away: int) -> None:
     planned = chunk_of(5, 3, 9, filling=1)
-    with CutAhead(window, from_rows=from_rows) as cutting:
+    with CutAhead(window) as cutting:
         if expected is not None:
             cutting.expect(expected)
         assert_same(cutting.take(planned), window.minibatch(planned.rows_C, filling_B=planned.filling_C))
-    assert cutting.thrown_away == (thrown_away if ahead else 0)
+    assert cutting.thrown_away == thrown_away
     assert cutting.waiting_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("ahead", "device", "from_rows"),
+    [(None, "cpu", LEAST_ROWS), (None, "cuda", 0), (True, "cpu", 0), (False, "cpu", math.inf), (False, "cuda", math.inf)],
+)
+def test_small_chunks_are_cut_ahead_where_a_device_has_a_cpu_beside_it(
+    window: EncodedWindow, ahead: bool | None, device: str, from_rows: float
+) -> None:
+    assert ahead_from(ahead, torch.device(device)) == from_rows
+    with CutAhead(window, from_rows=from_rows) as cutting:
+        assert [cutting.is_worth_it(rows) for rows in (1, LEAST_ROWS)] == [from_rows <= 1, from_rows <= LEAST_ROWS]
 
 
 def test_rows_whose_weights_have_changed_are_cut_anew(window: EncodedWindow) -> None:

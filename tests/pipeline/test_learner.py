@@ -154,7 +154,8 @@ def test_a_new_model_starts_at_the_click_rate_of_its_first_window(
     learned = _pass(_learner(small_spec, kind="deepfm", weight_ema=0.0), window)
     losses = [point.log_loss for point in learned.loss_curve]
     assert np.mean(losses[:20]) == pytest.approx(_entropy(click_rate), rel=0.35)
-    assert np.mean(losses) < _entropy(click_rate) * 1.2  # labels by chance: what is learned of them costs; from one half, 3.5
+    # Labels are by chance, so that whatever is learned costs. At .002 it is 1.12; a model that starts at one half has 3.5.
+    assert np.mean(losses) < _entropy(click_rate) * 1.2
 
 
 def test_a_new_model_starts_at_the_click_rate_before_negatives_were_thinned(

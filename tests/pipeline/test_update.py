@@ -1,6 +1,7 @@
 """The whole update on a small synthetic click log: warm start, deadline, corruption, and what reaches the next update."""
 
 import shutil
+import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from filelock import FileLock
 from data_schemas.dataset import DatasetSpec, load_spec
 from data_schemas.errors import ConfigError, CorruptCheckpoint, DataError, SpecMismatch, UpdateInProgress
 from pipeline.config import TrainingConfig, UpdateConfig, load_config, overridden
-from pipeline.data.encode import EncodedWindow, UserBags, encode
+from pipeline.data.encode import EncodedWindow, UserBags, dense_columns, encode, linear_only_places
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.loader import columns_to_read, to_examples
@@ -383,6 +384,24 @@ def test_attention_to_clicks_keeps_the_trained_model_and_starts_from_zero_effect
     _check_growth(config, tmp_path, (TOML, attending), {"attention to item"}, kind=kind)
 
 
+@pytest.mark.parametrize("kind", ["deepfm", "dcnv2", "dlrm"])
+def test_counters_that_the_network_does_not_see_are_saved_added_to_and_served(
+    config: UpdateConfig, tmp_path: Path, kind: str
+) -> None:
+    linear = TOML.replace('over = ["item"]\n', 'over = ["item"]\nlinear_only = ["ctr", "impressions"]\n')
+    larger = linear + '[[counters]]\nover = ["user"]\nof = ["clicks", "ctr"]\nlinear_only = ["ctr"]\n'
+    spec = DatasetSpec.model_validate(tomllib.loads(larger))
+    places = linear_only_places(spec)
+    assert [dense_columns(spec)[place] for place in places] == [
+        "ctr_1h(item)", "ctr_24h(item)", "impressions_1h(item)", "impressions_24h(item)",
+        "ctr_1h(user)", "ctr_24h(user)", "ctr_168h(user)",
+    ]  # fmt: skip
+    learned, served = _check_growth(config, tmp_path, (linear, larger), {"counter of user"}, kind=kind)
+    for net in (learned.learner.model.net, served.model.net):
+        assert net.seen_M is not None
+        assert not set(net.seen_M.tolist()) & set(places)
+
+
 def _check_growth(
     config: UpdateConfig,
     tmp_path: Path,
@@ -391,7 +410,7 @@ def _check_growth(
     *,
     kind: str,
     smoothed: Mapping[str, object] = MappingProxyType({}),
-) -> None:
+) -> tuple[ModelState, Predictor]:
     """A model that was trained by the smaller declaration predicts the same by the larger one, learns all of it, and serves."""
     smaller, larger = declarations
     (tmp_path / "tiny.toml").write_text(smaller)
@@ -421,6 +440,7 @@ def _check_growth(
     export_predictor(learned, spec, config.model, tmp_path / "served")
     served = load_predictor(tmp_path / "served")
     np.testing.assert_array_equal(_predicted(served, config, spec), _predicted(learned, config, spec))
+    return learned, served
 
 
 def _predicted(by: ModelState | Predictor, config: UpdateConfig, spec: DatasetSpec) -> np.ndarray:
