@@ -16,7 +16,7 @@ the network sees.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 import numpy as np
 import torch
@@ -45,21 +45,6 @@ FRESH_IMPRESSIONS = 20_000
 ROWS_PER_HOUR = 100_000
 """So that at 500 impressions the hot items are half of the hour."""
 Seen = Literal["none", "linear", "network"]
-
-
-def _declared(counters: Seen) -> DatasetSpec:
-    """With what is remembered beside the ids, by what part of the model sees it."""
-    spec = load_spec("synthetic")
-    match counters:
-        case "none":
-            return spec
-        case "linear":
-            ctr = Counter(over=("item_id",), of=("ctr",), half_lives_hours=(24.0,), linear_only=("ctr",))
-            return spec.model_copy(update={"counters": (ctr,)})
-        case "network":
-            item = Counter(over=("item_id",), of=("impressions", "ctr"), half_lives_hours=(1.0, 24.0), prior_rows=5.0)
-            author = Counter(over=("author_id",), of=("ctr",), half_lives_hours=(24.0,))
-            return spec.model_copy(update={"counters": (item, author), "ages": ("item_id",)})
 
 
 @dataclass(kw_only=True)
@@ -131,6 +116,23 @@ def measure(spec: DatasetSpec, impressions: int, hours: int, seed: int, override
         if with_hot:
             ratio = float(run.predict(fresh, first + hours + 1).mean()) / HOT_CTR
     return ratio, losses[0] - losses[1], losses[1]
+
+
+def _declared(counters: Seen) -> DatasetSpec:
+    """With what is remembered beside the ids, by what part of the model sees it."""
+    spec = load_spec("synthetic")
+    match counters:
+        case "none":
+            return spec
+        case "linear":
+            ctr = Counter(over=("item_id",), of=("ctr",), half_lives_hours=(24.0,), linear_only=("ctr",))
+            return spec.model_copy(update={"counters": (ctr,)})
+        case "network":
+            item = Counter(over=("item_id",), of=("impressions", "ctr"), half_lives_hours=(1.0, 24.0), prior_rows=5.0)
+            author = Counter(over=("author_id",), of=("ctr",), half_lives_hours=(24.0,))
+            return spec.model_copy(update={"counters": (item, author), "ages": ("item_id",)})
+        case unknown:
+            assert_never(unknown)
 
 
 def _new_run(spec: DatasetSpec, seed: int, overrides: Sequence[str]) -> Run:

@@ -149,7 +149,7 @@ class Categorical(_Declared):
     embedding_dim: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 16
     """Length of an id's embedding; a multiple of 4, as the fused kernels need."""
     from_time: Literal["hour_of_day", "hour_of_week"] | None = None
-    """Derived from the event time instead of read from a column."""
+    """Derived from the event time instead of read from a column. One feature at least has to be logged."""
 
     @property
     def source(self) -> str:
@@ -218,8 +218,8 @@ class Counter(_Declared):
     prior_rows: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
     """Impressions at the average click rate that every key is given in advance, so that few rows make no extreme `ctr`."""
     linear_only: tuple[Literal["clicks", "impressions", "ctr"], ...] = ()
-    """Statistics of `of` that are added to the logit, with one weight a column, and kept from the network. For `ctr`: a network
-    that sees it learns from hot new items that what has no past is clicked."""
+    """Statistics of `of` that are added to the logit, with one weight a column, and kept from the network: a network that
+    sees what new items lack learns from hot ones that what has no past is clicked."""
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
@@ -335,7 +335,7 @@ class DatasetSpec(_Declared):
             known = [c.name for c in self.categorical if not c.many and not c.from_time]
             if feature is not None and feature not in known:
                 raise ValueError(f"{role!r} is {feature!r}, which is no single-id categorical feature; choose one of {known}")
-        if not any(True for _ in self.logged_categorical()):
+        if all(feature.from_time for feature in self.categorical):
             times = [feature.name for feature in self.categorical]
             raise ValueError(f"'categorical' has features made of the time only, {times}; declare one that is logged as well")
         if "*" in self.event_key and self.event_key != ("*",):

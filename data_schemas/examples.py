@@ -73,7 +73,7 @@ class Examples:
 
 
 def gathered(offsets: I64, chosen: I64) -> tuple[I64, I64]:
-    """Where the values of the lists at `chosen` positions lie among those of all, list after list, and the offsets of these.
+    """Positions of the values of the lists at `chosen`, list after list, and these lists' new offsets.
 
     >>> gathered(np.array([0, 2, 2, 5]), np.array([2, 1, 0]))
     (array([2, 3, 4, 0, 1]), array([0, 3, 3, 5]))

@@ -24,7 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data_schemas.errors import CorruptCheckpoint
 from models.embeddings import Pooled, in_order
-from models.tables import Table, TableLayout
+from models.tables import Table, TableLayout, wide_weights_of_times
 
 NarrowPrecision = Literal["fp16", "int8"]
 
@@ -130,7 +130,7 @@ def _check(layout: TableLayout, saved: Mapping[str, torch.Tensor], precision: Na
         expected[f"deep.{table.name}.weight"] = ((table.rows, table.dim), kind)
         if precision == "int8":
             expected[f"deep.{table.name}.scale_bias"] = ((table.rows, 2), torch.float16)
-    of_times = {f"wide.{table.name}.weight" for table in layout.deep} - expected.keys()  # an older tidemark exported them
+    of_times = wide_weights_of_times(layout)
     if saved.keys() - of_times != expected.keys():
         raise CorruptCheckpoint(
             f"tables in {precision} need {sorted(expected)}; missing are {sorted(expected.keys() - saved.keys())}, unknown "

@@ -133,6 +133,11 @@ def table_layout(spec: DatasetSpec) -> TableLayout:
     return TableLayout(deep=deep, wide=(*wide, *crosses), pools=pools, clicks=clicks, weighted=weighted)
 
 
+def wide_weights_of_times(layout: TableLayout) -> set[str]:
+    """Names of tables that features made of the time have no more; models of an older tidemark hold them."""
+    return {f"wide.{table.name}.weight" for table in layout.deep} - {f"wide.{table.name}.weight" for table in layout.wide}
+
+
 def history_pools(spec: DatasetSpec) -> list[tuple[str, float]]:
     """Feature and half-life of every pool of a user's history."""
     if spec.history is None:

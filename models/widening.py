@@ -190,14 +190,14 @@ def _projections(architecture: Architecture, dims: Mapping[str, int]) -> list[La
     ]
 
 
-def refuse_first_dense_columns(architecture: Architecture, old: Sequence[Labelled], new: Sequence[Labelled]) -> None:
+def refuse_first_dense_columns(old: Sequence[Labelled], new: Sequence[Labelled]) -> None:
     """A DLRM whose head sees no dense columns has a learned vector where with them it has a network.
 
     Raises:
         SpecMismatch: such a DLRM is to get some.
     """
     before, after = (any(parameter.name == DENSE_NETWORK_OF_DLRM for parameter in each) for each in (old, new))
-    if architecture.kind == "dlrm" and after and not before:
+    if after and not before:
         raise SpecMismatch(
             "a DLRM that was trained without dense columns (numbers, ages, histories, counters that are not linear_only) "
             "cannot get its first ones; start a new model under another model_name"

@@ -647,7 +647,7 @@ def _widened(
     before, after = (
         labelled_parameters(shape, table_layout(spec), dense_columns(spec), linear_only_names(spec)) for spec in (old, new)
     )
-    refuse_first_dense_columns(shape, before, after)
+    refuse_first_dense_columns(before, after)
     dense = dict(dense)
     names = [name.removeprefix("weight.") for name in dense if name.startswith("weight.")]
     if shape.gated and GATE not in names:

@@ -68,10 +68,10 @@ CORRUPT = ".corrupt"
 """Ending of the folder of a version that was set aside."""
 FORMAT = 3
 READABLE = (1, 2, FORMAT)
-"""In format 1 every version is whole, past rows lie among the memory, and averages of table rows among the dense tensors; until
+"""In format 1 every version is whole, past rows lie among the memory, and averages of table rows among the dense tensors; up to
 format 2 features made of the time have wide weights, which are passed over."""
 TIMES_WITHOUT_WEIGHT = 3
-"""The first format in which they have none."""
+"""The first format in which features made of the time have no wide weight."""
 Content = Literal["dense", "tables", "memory", "rows", "pending"]
 Kind = Literal["base", "delta"]
 OF_CURSOR: tuple[Content, ...] = ("pending",)
@@ -212,10 +212,12 @@ def base_of(model_dir: Path, manifest: Manifest) -> Base | None:
 
     What is not published can be forgotten, and what an older tidemark wrote is not cut into the parts of today.
     """
+    if manifest.format != FORMAT:
+        return None
     if manifest.base is not None:
         parts = tuple(part for part in manifest.parts if part.of is not None)
         return Base(version=manifest.base, parts=parts, delta_bytes=manifest.delta_bytes)
-    if manifest.format != FORMAT or manifest.version not in versions(model_dir):
+    if manifest.version not in versions(model_dir):
         return None
     own = (part for part in manifest.parts if part.content in ("tables", "memory"))
     return Base(version=manifest.version, parts=tuple(part.model_copy(update={"of": manifest.version}) for part in own))

@@ -4,6 +4,7 @@
         /weights.safetensors   tables and dense weights (averaged, where an average is kept)
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -26,7 +27,7 @@ from models.embeddings import TableSlice
 from models.id_table import IdTables
 from models.memory import Memory
 from models.narrow_tables import NarrowTables, narrowed
-from models.tables import table_layout
+from models.tables import table_layout, wide_weights_of_times
 from pipeline.config import ModelConfig, TablePrecision
 from pipeline.data.encode import encode, linear_only_places, num_dense_columns
 from pipeline.data.loader import to_examples
@@ -34,6 +35,8 @@ from pipeline.data.normalise import RunningMoments
 from pipeline.evaluation.score import probabilities
 from pipeline.model_state import GATE, ModelState, architecture, default_device
 from pipeline.publishing.checkpoint import Moments, reading, writing
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = "predictor.json"
 WEIGHTS = "weights.safetensors"
@@ -147,6 +150,13 @@ def _load_predictor(folder: Path) -> Predictor:
     tensors = load_file(folder / WEIGHTS)
     tables = {name.removeprefix("tables."): tensor for name, tensor in tensors.items() if name.startswith("tables.")}
     dense = {name.removeprefix("dense."): tensor.to(device) for name, tensor in tensors.items() if name.startswith("dense.")}
+    if surplus := sorted(tables.keys() & wide_weights_of_times(table_layout(spec))):
+        log.warning(
+            "the model in %s was exported by an older tidemark: %s are left out, and its predictions are off by them; export "
+            "it anew, or remove a frozen one, and the next update freezes another",
+            folder,
+            ", ".join(surplus),
+        )
     model = _model_of(description, tables, gated=GATE in dense, device=device)
     memory, ids, kept = Memory(spec), IdTables(spec), load_arrays(folder / MEMORY)
     memory.load(kept)

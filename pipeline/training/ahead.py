@@ -25,7 +25,7 @@ from data_schemas.minibatch import MiniBatch
 from pipeline.data.encode import EncodedWindow
 
 LEAST_ROWS = 4096
-"""Rows of a chunk from which cutting it ahead saves time where the learner needs the CPU itself: with fewer, Python's lock
+"""Rows of a chunk from which cutting it ahead costs no time where the learner needs the CPU itself: with fewer, Python's lock
 changes hands more often than the second thread is worth (benchmarks/waiting.py)."""
 
 
@@ -48,7 +48,7 @@ class ChunkRows:
 
 
 def ahead_from(ahead: bool | None, device: torch.device) -> float:
-    """Rows of a chunk from which it is cut ahead; None: where that saves time."""
+    """Rows of a chunk from which it is cut ahead; None: where that costs no time."""
     if ahead is None:
         return LEAST_ROWS if device.type == "cpu" else 0
     return 0 if ahead else math.inf
@@ -58,7 +58,7 @@ class CutAhead:
     """Cuts batches of a window, at most one chunk ahead: so much memory it takes."""
 
     def __init__(self, window: EncodedWindow, *, from_rows: float = 0) -> None:
-        """`is_worth_it` from `from_rows` rows of a chunk on."""
+        """Chunks of at least `from_rows` rows are worth expecting."""
         self.waiting_seconds = 0.0
         """That `take` took."""
         self.thrown_away = 0

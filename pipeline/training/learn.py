@@ -136,7 +136,7 @@ def learn(
         probe_rows: some steps are looked at on so many rows; 0 for none.
         mean_weight: of a row; that of the window where it is None.
         ahead: batches are cut on a second thread while the ones before them are learned; the bits are the same;
-            None: where it saves time.
+            None: where it costs no time.
     """
     started_pass = time.perf_counter()
     learner.model.tables.decay_accumulators(learner.config.accumulator_decay)

@@ -102,7 +102,7 @@ def test_the_first_dense_columns_of_a_dlrm_are_refused() -> None:
             labelled_parameters(shape(kind), table_layout(declared), names, linear_only=["ctr"])
             for declared, names in ((old, before), (new, after))
         ]
-        refuse_first_dense_columns(shape(kind), *labels)
+        refuse_first_dense_columns(*labels)
 
     refuse("deepfm", ids, ids, (), ("age",))
     refuse("dlrm", ids, ids, ("price",), ("price", "age"))

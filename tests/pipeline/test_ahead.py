@@ -53,7 +53,7 @@ def test_what_is_taken_is_what_was_planned(window: EncodedWindow, expected: Chun
     ("ahead", "device", "from_rows"),
     [(None, "cpu", LEAST_ROWS), (None, "cuda", 0), (True, "cpu", 0), (False, "cpu", math.inf), (False, "cuda", math.inf)],
 )
-def test_small_chunks_are_cut_ahead_where_a_device_has_a_cpu_beside_it(
+def test_small_chunks_are_cut_ahead_only_beside_another_device(
     window: EncodedWindow, ahead: bool | None, device: str, from_rows: float
 ) -> None:
     assert ahead_from(ahead, torch.device(device)) == from_rows

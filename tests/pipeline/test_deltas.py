@@ -421,24 +421,31 @@ def test_a_checkpoint_of_format_1_is_read_and_followed_by_a_whole_one(tmp_path: 
     assert kinds(config) == {1: None, 2: None}
 
 
-def test_wide_weights_of_the_time_in_format_2_are_passed_over_and_told_of(tmp_path: Path, stream: Stream) -> None:
+@pytest.mark.parametrize("versions", [1, 2])
+def test_wide_weights_of_the_time_in_format_2_are_passed_over_and_told_of(
+    tmp_path: Path, stream: Stream, versions: int
+) -> None:
+    """In a whole version, and in one that tells the changes of another."""
     config = config_in(tmp_path)
-    state = stream.go_on(config, range(1))
-    folder = config.model_dir / "checkpoints" / "v000001"
-    tables = load_file(folder / "tables-0-of-1.safetensors")
+    state = stream.go_on(config, range(versions))
+    folder = config.model_dir / "checkpoints" / f"v{versions:06d}"
+    (path,) = folder.glob("tables-*.safetensors")
+    tables = load_file(path)
     user = {key: tensor for key, tensor in tables.items() if key.startswith("wide.user.")}
     assert {key.split("@")[0] for key in user} == {"wide.user.weight", "wide.user.accumulator"}
     surplus = {key.replace("wide.user", "wide.hour_of_day"): tensor[:24].clone() for key, tensor in user.items()}
     save_file(tables | surplus, tmp_path / "tables")
-    shutil.move(tmp_path / "tables", folder / "tables-0-of-1.safetensors")
+    shutil.move(tmp_path / "tables", path)
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     del manifest["digest"]
     for part in manifest["parts"]:
-        part["sha256"] = hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
+        if part["of"] is None:
+            part["sha256"] = hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
     restored = stream.restored(config)
     assert bits(restored) == bits(state)
     (note,) = restored.notes
-    assert "version 1 was saved by an older tidemark: the wide weights of hour_of_day are left out" in note
-    stream.update(restored, config, 1)
+    assert f"version {versions} was saved by an older tidemark: the wide weights of hour_of_day are left out" in note
+    stream.update(restored, config, versions)
     assert not stream.restored(config).notes
+    assert kinds(config)[versions + 1] is None, "what an older tidemark wrote is no base"

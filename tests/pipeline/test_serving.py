@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from data_schemas.dataset import DATASETS_FOLDER, load_spec
 from data_schemas.errors import CorruptCheckpoint
@@ -105,6 +106,22 @@ def test_a_narrow_predictor_is_small_and_predicts_nearly_the_same(
     assert 0 < np.abs(narrow - exact).max() <= most
     bytes_of = {name: (tmp_path / name / "weights.safetensors").stat().st_size for name in ("fp32", precision)}
     assert bytes_of[precision] < share * bytes_of["fp32"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_wide_weights_of_the_time_in_an_older_export_are_left_out_and_told_of(
+    published: UpdateConfig, tmp_path: Path, precision: TablePrecision, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec, examples, folder = load_spec(published.dataset), _rows(published), tmp_path / "exported"
+    state = restore_or_create(published, spec, Processes())
+    export_predictor(state, spec, published.model, folder, table_precision=precision)
+    expected = load_predictor(folder).predict_examples(examples)
+    assert "older tidemark" not in caplog.text
+    tensors = load_file(folder / "weights.safetensors")
+    surplus = tensors["tables.wide.device.weight"].new_ones(24, 1)
+    save_file(tensors | {"tables.wide.hour_of_day.weight": surplus}, folder / "weights.safetensors")
+    np.testing.assert_array_equal(load_predictor(folder).predict_examples(examples), expected)
+    assert "exported by an older tidemark: wide.hour_of_day.weight are left out" in caplog.text
 
 
 @pytest.mark.parametrize("history", ["", '[history]\nof = ["item_id"]\nlength = 5\nattended_clicks = 2\n'])
