@@ -431,9 +431,9 @@ def test_wide_weights_of_the_time_in_format_2_are_passed_over_and_told_of(
     folder = config.model_dir / "checkpoints" / f"v{versions:06d}"
     (path,) = folder.glob("tables-*.safetensors")
     tables = load_file(path)
-    user = {key: tensor for key, tensor in tables.items() if key.startswith("wide.user.")}
-    assert {key.split("@")[0] for key in user} == {"wide.user.weight", "wide.user.accumulator"}
-    surplus = {key.replace("wide.user", "wide.hour_of_day"): tensor[:24].clone() for key, tensor in user.items()}
+    deep = {key: tensor for key, tensor in tables.items() if key.startswith("deep.hour_of_day.")}
+    assert {key.split("@")[0] for key in deep} == {"deep.hour_of_day.weight", "deep.hour_of_day.accumulator"}
+    surplus = {key.replace("deep", "wide"): tensor[:, :1].clone() for key, tensor in deep.items()}
     save_file(tables | surplus, tmp_path / "tables")
     shutil.move(tmp_path / "tables", path)
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
