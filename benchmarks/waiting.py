@@ -2,7 +2,7 @@
 
 In:  nothing; synthetic clicks are generated in a temporary folder. Out: two tables. The first, one line a batch size: a pass
      over one window with its batches cut between the steps, and cut ahead: seconds, share of them that the learner waited, and
-     chunks that were cut for nothing. The second: a backfill without any overlap, and with all of it.
+     chunks that were cut for nothing. The second: a backfill without any overlap, and with what a backfill overlaps.
 
     python benchmarks/waiting.py [--rows 50000] [--hours 6] [--repetitions 5] [--seed 0]
 

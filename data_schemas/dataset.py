@@ -335,11 +335,15 @@ class DatasetSpec(_Declared):
             known = [c.name for c in self.categorical if not c.many and not c.from_time]
             if feature is not None and feature not in known:
                 raise ValueError(f"{role!r} is {feature!r}, which is no single-id categorical feature; choose one of {known}")
+        if "*" in self.event_key and self.event_key != ("*",):
+            raise ValueError("event_key '*' (the whole row) stands alone; leave out the other columns")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_logged(self) -> Self:
         if all(feature.from_time for feature in self.categorical):
             times = [feature.name for feature in self.categorical]
             raise ValueError(f"'categorical' has features made of the time only, {times}; declare one that is logged as well")
-        if "*" in self.event_key and self.event_key != ("*",):
-            raise ValueError("event_key '*' (the whole row) stands alone; leave out the other columns")
         return self
 
     @model_validator(mode="after")

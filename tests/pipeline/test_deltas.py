@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -395,6 +395,17 @@ def test_turning_an_average_of_rows_on_or_off_starts_from_a_whole_version(tmp_pa
     assert bits(stream.restored(averaged)) == bits(states[-1])
 
 
+def as_of_format(number: int, folder: Path, *, without: Collection[str] = (), without_in_parts: Collection[str] = ()) -> None:
+    """Lets the manifest of a version say what an older tidemark would have said of the files that are there now."""
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    for part in manifest["parts"]:
+        if part["of"] is None:
+            part["sha256"] = hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
+    manifest["parts"] = [{key: part[key] for key in part if key not in without_in_parts} for part in manifest["parts"]]
+    kept = {key: manifest[key] for key in manifest if key not in {"digest", *without}}
+    (folder / "manifest.json").write_text(json.dumps(kept | {"format": number}))
+
+
 def test_a_checkpoint_of_format_1_is_read_and_followed_by_a_whole_one(tmp_path: Path, stream: Stream) -> None:
     config = config_in(tmp_path, *AVERAGED)
     state = stream.go_on(config, range(1))
@@ -408,13 +419,7 @@ def test_a_checkpoint_of_format_1_is_read_and_followed_by_a_whole_one(tmp_path: 
     save_file(dense, tmp_path / "dense")
     shutil.move(tmp_path / "tables", folder / "tables-0-of-1.safetensors")
     shutil.move(tmp_path / "dense", folder / "dense.safetensors")
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    for name in ("base", "delta_bytes", "decays", "digest"):
-        del manifest[name]
-    for part in manifest["parts"]:
-        del part["of"]
-        part["sha256"] = hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    as_of_format(1, folder, without={"base", "delta_bytes", "decays"}, without_in_parts={"of"})
     restored = stream.restored(config)
     assert bits(restored) == bits(state)
     stream.update(restored, config, 1)
@@ -436,12 +441,7 @@ def test_wide_weights_of_the_time_in_format_2_are_passed_over_and_told_of(
     surplus = {key.replace("deep", "wide"): tensor[:, :1].clone() for key, tensor in deep.items()}
     save_file(tables | surplus, tmp_path / "tables")
     shutil.move(tmp_path / "tables", path)
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    del manifest["digest"]
-    for part in manifest["parts"]:
-        if part["of"] is None:
-            part["sha256"] = hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    as_of_format(2, folder)
     restored = stream.restored(config)
     assert bits(restored) == bits(state)
     (note,) = restored.notes

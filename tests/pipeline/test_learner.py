@@ -151,11 +151,10 @@ def test_a_new_model_starts_at_the_click_rate_of_its_first_window(
 ) -> None:
     labels_R = (np.arange(5_000) < 5_000 * click_rate).astype(np.float32)
     window = _window(small_spec, replace(small_examples(5_000), labels_R=labels_R))
-    learned = _pass(_learner(small_spec, kind="deepfm", weight_ema=0.0), window)
+    learned = _pass(_learner(small_spec, kind="deepfm", sparse_learning_rate=0.05), window)  # labels by chance: learning costs
     losses = [point.log_loss for point in learned.loss_curve]
     assert np.mean(losses[:20]) == pytest.approx(_entropy(click_rate), rel=0.35)
-    # Labels are by chance, so that whatever is learned costs. At .002 it is 1.12; a model that starts at one half has 3.5.
-    assert np.mean(losses) < _entropy(click_rate) * 1.2
+    assert np.mean(losses) < _entropy(click_rate) * 1.1
 
 
 def test_a_new_model_starts_at_the_click_rate_before_negatives_were_thinned(
