@@ -26,15 +26,16 @@ from data_schemas.errors import CorruptCheckpoint
 from data_schemas.examples import I64
 from models.changed_rows import ChangedRows
 from models.tables import Table, TableLayout
+from models.wide_weights import WideWeights
 
 SparseOptimizer = Literal["adagrad", "rowwise_adagrad"]
 
 WIDE_DIM = 4
-"""The fused kernels want a multiple of 4; the first column is the wide weight, the others stay zero."""
+"""Columns of fused wide tables, whose kernels want a multiple of 4; the first is the wide weight, the others stay zero."""
 WIDE_GRADIENT_FACTOR = WIDE_DIM**0.5
-"""Factor on gradients of wide weights. Adagrad by row is nearly three times as fast as by coordinate and adds the mean square
-over the columns to a row's sum; of the columns only one has a gradient. With the factor the sum is that of the weight's own
-squares, and its rate is divided by the factor: the same steps."""
+"""Factor on gradients of fused wide weights. Adagrad by row is nearly three times as fast as by coordinate and adds the mean
+square over the columns to a row's sum; of the columns only one has a gradient. With the factor the sum is that of the weight's
+own squares, and its rate is divided by the factor: the same steps."""
 SMALLEST_BETA = 1e-8
 """So that a weight without a gradient divides by no zero."""
 INITIAL_BOUND = 0.01 * 3**0.5
@@ -48,8 +49,8 @@ class Pooled:
     deep_BS: torch.Tensor
     """Embeddings of all lookups side by side, in the order of `TableLayout.deep_keys`."""
     wide_BW: torch.Tensor
-    """One weight a feature and a cross, in the order of `TableLayout.wide_keys`; what autograd derives by it is larger by
-    `WIDE_GRADIENT_FACTOR`, for the tables' step."""
+    """One weight a feature and a cross, in the order of `TableLayout.wide_keys`; what autograd derives by those of fused tables
+    is larger by `WIDE_GRADIENT_FACTOR`, for the tables' step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,8 @@ class Unfilled(TorchFunctionMode):
 
 
 class EmbeddingTables(nn.Module):
-    """Fused tables for embeddings, and for wide weights.
+    """Fused tables for embeddings; for wide weights one vector on a CPU, fused tables on a GPU or where they are to be spread
+    over processes (on `meta`).
 
     The deep tables have Adagrad by row (one accumulator a row) or by coordinate; each wide weight its own
     (Duchi et al. 2011), which is what makes one pass over a small stream learn as well as a linear learner does. Its rate is
@@ -140,12 +142,11 @@ class EmbeddingTables(nn.Module):
             is_weighted=layout.weighted,
             device=device,
         )
-        self.wide = FusedEmbeddingBagCollection(
-            [_config(table, "wide", WIDE_DIM, 0.0) for table in layout.wide],
-            optimizer_type=RowWiseAdagrad,
-            optimizer_kwargs={"lr": wide_learning_rate / WIDE_GRADIENT_FACTOR, "eps": max(wide_beta, SMALLEST_BETA)},
-            is_weighted=layout.weighted,
-            device=device,
+        beta = max(wide_beta, SMALLEST_BETA)
+        self.wide: nn.Module = (
+            WideWeights(layout.wide, learning_rate=wide_learning_rate, beta=beta)
+            if device.type == "cpu"
+            else fused_wide_tables(layout, learning_rate=wide_learning_rate, beta=beta, device=device)
         )
         self.decays: list[float] = []
         """Factors that all accumulators were multiplied by since `mark_saved`, in their order."""
@@ -155,25 +156,34 @@ class EmbeddingTables(nn.Module):
         """Looks every id up once. Backward through the result steps the tables at once: call it once a step."""
         if torch.is_grad_enabled():
             self._note_changed(deep, wide)
-        wide_BW = in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)[:, ::WIDE_DIM]
-        if wide_BW.requires_grad:  # the columns between stay without a gradient
-            wide_BW.register_hook(lambda gradient_BW: gradient_BW * WIDE_GRADIENT_FACTOR)
+        wide_BW = in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)
+        if self.wide_vector is None:
+            wide_BW = wide_BW[:, ::WIDE_DIM]
+            if wide_BW.requires_grad:  # the columns between stay without a gradient
+                wide_BW.register_hook(lambda gradient_BW: gradient_BW * WIDE_GRADIENT_FACTOR)
         return Pooled(deep_BS=in_order(*_looked_up(self.deep, deep), self.layout.deep_keys), wide_BW=wide_BW)
+
+    @property
+    def wide_vector(self) -> WideWeights | None:
+        """The wide weights where they lie in one vector; None: in fused tables."""
+        return next((part for part in self.wide.modules() if isinstance(part, WideWeights)), None)
 
     @torch.no_grad()
     def draw(self) -> None:
         """Gives this process's part the weights that all of it would have been made with, from torch's generator as it is.
 
-        A table at a time is drawn whole, on the host.
+        A table at a time is drawn whole, on the host; wide weights are zero.
         """
+        for own in self.slices(with_optimizer=False):
+            if own.name.startswith("wide."):
+                own.tensor.zero_()
         pieces = list(self.slices(with_optimizer=False))
-        for part, tables, bound in (("deep", self.layout.deep, INITIAL_BOUND), ("wide", self.layout.wide, 0.0)):
-            for table in tables:
-                whole = torch.empty(table.rows, table.dim if part == "deep" else WIDE_DIM).uniform_(-bound, bound)
-                drawn = TableSlice(name=f"{part}.{table.name}.weight", row=0, column=0, tensor=whole)
-                for own in pieces:
-                    if own.name == drawn.name:
-                        _copy_overlap(drawn, own)
+        for table in self.layout.deep:
+            whole = torch.empty(table.rows, table.dim).uniform_(-INITIAL_BOUND, INITIAL_BOUND)
+            drawn = TableSlice(name=f"deep.{table.name}.weight", row=0, column=0, tensor=whole)
+            for own in pieces:
+                if own.name == drawn.name:
+                    _copy_overlap(drawn, own)
 
     def lie_on(self, device: torch.device) -> None:
         """The tables are on this device now, and none of their rows has changed."""
@@ -191,11 +201,11 @@ class EmbeddingTables(nn.Module):
 
     def set_learning_rates(self, *, sparse: float, wide: float) -> None:
         """Takes effect with the next backward pass."""
-        for collection, rate in ((self.deep, sparse), (self.wide, wide / WIDE_GRADIENT_FACTOR)):
-            optimizer = _optimizer(collection)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+        _set_rate(self.deep, sparse)
+        if self.wide_vector is None:
+            _set_rate(self.wide, wide / WIDE_GRADIENT_FACTOR)
+        else:
+            self.wide_vector.learning_rate = wide
 
     @torch.no_grad()
     def start_rows(
@@ -243,15 +253,16 @@ class EmbeddingTables(nn.Module):
     def slices(self, *, with_optimizer: bool = True) -> Iterator[TableSlice]:
         """Every rectangle of weights, and of optimizer state if asked for, that this process holds.
 
-        Of a wide table that is its first column: the others are zero for good.
+        Of a fused wide table that is its first column: the others are zero for good.
         """
-        for part, collection, columns in (("deep", self.deep, None), ("wide", self.wide, 1)):
-            for key, tensor in collection.state_dict().items():
-                yield from _rectangles(f"{part}.{_table_name(key)}.weight", tensor, columns)
+        yield from _fused_slices("deep", self.deep, None, with_optimizer=with_optimizer)
+        if self.wide_vector is None:
+            yield from _fused_slices("wide", self.wide, 1, with_optimizer=with_optimizer)
+            return
+        for name, weight_R1, squares_R1 in self.wide_vector.parts():
+            yield TableSlice(name=f"wide.{name}.weight", row=0, column=0, tensor=weight_R1)
             if with_optimizer:
-                for table, state in _optimizer(collection).state_dict()["state"].items():
-                    for tensor in state.values():
-                        yield from _rectangles(f"{part}.{_table_name(table)}.accumulator", tensor, columns)
+                yield TableSlice(name=f"wide.{name}.accumulator", row=0, column=0, tensor=squares_R1)
 
     def load_slices(
         self,
@@ -323,6 +334,19 @@ class Filling:
                 )
 
 
+def fused_wide_tables(
+    layout: TableLayout, *, learning_rate: float, beta: float, device: torch.device
+) -> FusedEmbeddingBagCollection:
+    """As `WideWeights`, in the first of `WIDE_DIM` columns, for gradients that are enlarged by `WIDE_GRADIENT_FACTOR`."""
+    return FusedEmbeddingBagCollection(
+        [_config(table, "wide", WIDE_DIM, 0.0) for table in layout.wide],
+        optimizer_type=RowWiseAdagrad,
+        optimizer_kwargs={"lr": learning_rate / WIDE_GRADIENT_FACTOR, "eps": beta},
+        is_weighted=layout.weighted,
+        device=device,
+    )
+
+
 def _looked_up(collection: nn.Module, ids: KeyedJaggedTensor) -> tuple[list[str], list[int], torch.Tensor]:
     """Keys, lengths of their embeddings, and the embeddings side by side.
 
@@ -365,6 +389,23 @@ def _config(table: Table, part: str, dim: int, bound: float) -> EmbeddingBagConf
         weight_init_min=-bound,
         weight_init_max=bound,
     )
+
+
+def _fused_slices(part: str, collection: nn.Module, columns: int | None, *, with_optimizer: bool) -> Iterator[TableSlice]:
+    """Of a fused collection, so many columns of each table; None: all."""
+    for key, tensor in collection.state_dict().items():
+        yield from _rectangles(f"{part}.{_table_name(key)}.weight", tensor, columns)
+    if with_optimizer:
+        for table, state in _optimizer(collection).state_dict()["state"].items():
+            for tensor in state.values():
+                yield from _rectangles(f"{part}.{_table_name(table)}.accumulator", tensor, columns)
+
+
+def _set_rate(collection: nn.Module, rate: float) -> None:
+    optimizer = _optimizer(collection)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
 
 
 def _optimizer(collection: nn.Module) -> KeyedOptimizer:

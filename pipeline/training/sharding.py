@@ -72,7 +72,7 @@ def spread_tables(
         ConfigError: the tables do not fit into memory, or cannot be cut so.
     """
     if processes.count == 1 or sharding == "data_parallel":
-        _require_room(list(_whole_needs(layout, sparse_optimizer)), processes, device)
+        _require_room(list(_whole_needs(layout, sparse_optimizer, device)), processes, device)
         with nullcontext() if new else Unfilled():
             tables = make(device)
         if processes.count > 1:
@@ -101,12 +101,13 @@ def spread_tables(
 def _plan(
     tables: EmbeddingTables, sharder: "_Sharder", processes: Processes, device: torch.device, sharding: Sharding
 ) -> ShardingPlan:
+    parts: tuple[Any, ...] = (tables.deep, tables.wide)
     constraints = {
         config.name: ParameterConstraints(
             sharding_types=[_kind(sharding, config.num_embeddings, processes.count, wide=part is tables.wide)],
             min_partition=LEAST_WIDTH * -(-config.embedding_dim // (LEAST_WIDTH * processes.count)),
         )
-        for part in (tables.deep, tables.wide)
+        for part in parts
         for config in part.embedding_bag_configs()
     }
     machine = TrainerConfig(
@@ -156,12 +157,13 @@ def _needs(plan: ShardingPlan, rank: int, sparse_optimizer: SparseOptimizer) -> 
                     yield _need(name, part, rows, columns, sparse_optimizer)
 
 
-def _whole_needs(layout: TableLayout, sparse_optimizer: SparseOptimizer) -> Iterator[_Need]:
-    """Of all tables."""
+def _whole_needs(layout: TableLayout, sparse_optimizer: SparseOptimizer, device: torch.device) -> Iterator[_Need]:
+    """Of all tables; on a CPU a wide weight has its sum of squares and the sum of a step's gradients beside it."""
     for table in layout.deep:
         yield _need(f"deep_{table.name}", "deep", table.rows, table.dim, sparse_optimizer)
     for table in layout.wide:
-        yield _need(f"wide_{table.name}", "wide", table.rows, WIDE_DIM, sparse_optimizer)
+        columns = 2 if device.type == "cpu" else WIDE_DIM
+        yield _need(f"wide_{table.name}", "wide", table.rows, columns, sparse_optimizer)
 
 
 def _need(name: str, part: str, rows: int, columns: int, sparse_optimizer: SparseOptimizer) -> _Need:

@@ -146,14 +146,6 @@ def test_a_delta_restores_the_live_state_and_what_follows_to_the_last_bit(
     assert set(kinds(whole).values()) == {None}
 
 
-def test_what_no_checkpoint_holds_of_a_wide_table_is_zero_after_a_restore(tmp_path: Path, stream: Stream) -> None:
-    config = config_in(tmp_path)
-    stream.go_on(config, range(2))
-    for tensor in stream.restored(config).learner.model.tables.wide.state_dict().values():
-        assert tensor[:, 0].any()
-        assert not tensor[:, 1:].any()
-
-
 def test_no_row_differs_from_the_base_but_those_that_a_delta_holds(tmp_path: Path, stream: Stream) -> None:
     config = config_in(tmp_path)
     state = stream.go_on(config, range(4))

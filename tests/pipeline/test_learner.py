@@ -61,8 +61,11 @@ def _weights(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def _greatest_difference(first: Learner, second: Learner) -> float:
+    """Of all weights and accumulators; of values beyond 1, which float32 has to seven digits, their share."""
     others = _weights(second)
-    return max(float((tensor - others[name]).abs().max()) for name, tensor in _weights(first).items())
+    return max(
+        float(((tensor - others[name]) / tensor.abs().clamp_min(1)).abs().max()) for name, tensor in _weights(first).items()
+    )
 
 
 def _pass(learner: Learner, window: EncodedWindow, batch_size: int = 64, **more: Any) -> Learned:

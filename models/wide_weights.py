@@ -1,0 +1,129 @@
+"""One weight an id, of all wide tables in one vector, stepped without sorting the ids.
+
+Enters: ids of each table. Leaves: their weights; a backward pass through them steps the vector.
+
+Fused tables look rows of at least four numbers up, and sort the ids of a step to add the gradients of each row. A weight an id
+is little enough to do without: gradients are scattered into a vector of zeros as long as the weights; then each id takes the
+sum of its own, comes to the same weight however often it occurs, and puts that in place.
+
+Letters: R rows of all tables, K tables, B rows of the batch, V ids looked up.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding_bag
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from models.tables import Table
+
+SPARSE_SHARE = 0.125
+"""Of R, above which V ids are taken for many: it is then quicker to look for the sums that are not zero, which are as many as
+there are distinct ids and stand in the order of memory."""
+
+
+class WideWeights(nn.Module):
+    """Weights with the steps of FTRL-proximal (McMahan et al. 2013, section 2.1) but for its L1 and L2:
+    `learning_rate / (beta + sqrt(sum of g^2))` for each, g the gradient summed over the rows of a step.
+
+    For tables that lie whole on a CPU; the result is deterministic.
+    """
+
+    weight_R: torch.Tensor
+    squares_R: torch.Tensor
+    """Sums of squared gradients."""
+
+    def __init__(self, tables: Sequence[Table], *, learning_rate: float, beta: float) -> None:
+        """All weights are zero.
+
+        Args:
+            tables: each with one lookup.
+            learning_rate: can be set anew between steps.
+            beta: above 0.
+        """
+        super().__init__()
+        self.learning_rate = learning_rate
+        self._beta = beta
+        self._tables = tuple(tables)
+        self._keys = [table.lookups[0] for table in tables]
+        rows = [table.rows for table in tables]
+        self._first_K1 = torch.tensor(rows).cumsum(0).sub(torch.tensor(rows)).unsqueeze(1)
+        self.register_buffer("weight_R", torch.zeros(sum(rows)))
+        self.register_buffer("squares_R", torch.zeros(sum(rows)), persistent=False)
+        self._sums_R: torch.Tensor | None = None
+        """Zeros between steps; made by the first."""
+
+    def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
+        """Weighted sums, one a key; no ids give zero.
+
+        Raises:
+            ValueError: the keys are not those of the tables, in their order.
+        """
+        if ids.keys() != self._keys:
+            raise ValueError(f"wide weights are looked up in the order {self._keys}, got {ids.keys()}")
+        anchor = torch.zeros((), requires_grad=True)
+        values_BK: torch.Tensor = _LookedUp.apply(anchor, self, ids)  # type: ignore[no-untyped-call]
+        return KeyedTensor(keys=self._keys, length_per_key=[1] * len(self._keys), values=values_BK)
+
+    def parts(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name of each table, its weights and their sums of squared gradients, both `[rows, 1]` of the live storage."""
+        start = 0
+        for table in self._tables:
+            own = slice(start, start + table.rows)
+            yield table.name, self.weight_R[own].unsqueeze(1), self.squares_R[own].unsqueeze(1)
+            start += table.rows
+
+    def places(self, ids: KeyedJaggedTensor) -> torch.Tensor:
+        """`[V]`: where in the vector each id's weight stands."""
+        rows_V: torch.Tensor = ids.values().long()
+        counts = ids.length_per_key()
+        if len(set(counts)) == 1:
+            return (rows_V.view(len(counts), -1) + self._first_K1).view(-1)
+        return rows_V + self._first_K1.view(-1).repeat_interleave(torch.tensor(counts))
+
+    def step(self, places_V: torch.Tensor, gradient_V: torch.Tensor) -> None:
+        """One step; places may repeat."""
+        if self._sums_R is None:
+            self._sums_R = torch.zeros_like(self.weight_R)
+        sums_R = self._sums_R.scatter_add_(0, places_V, gradient_V)
+        if len(places_V) > SPARSE_SHARE * len(sums_R):
+            places_V = sums_R.nonzero().view(-1)
+        sum_V = sums_R.take(places_V)
+        squares_V = self.squares_R.take(places_V).addcmul_(sum_V, sum_V)
+        self.squares_R.put_(places_V, squares_V)
+        divisor_V = squares_V.sqrt_().add_(self._beta)
+        self.weight_R.put_(places_V, self.weight_R.take(places_V).addcdiv_(sum_V, divisor_V, value=-self.learning_rate))
+        sums_R.index_fill_(0, places_V, 0.0)
+
+
+class _LookedUp(torch.autograd.Function):
+    """Weights by id, whose backward pass steps them; the first argument only makes autograd call it."""
+
+    @staticmethod
+    def forward(context: Any, anchor: torch.Tensor, wide: WideWeights, ids: KeyedJaggedTensor) -> torch.Tensor:
+        places_V, weights_V, lengths = wide.places(ids), ids.weights_or_none(), ids.lengths()
+        lists = len(lengths) != len(places_V) or (len(lengths) > 0 and int(lengths.min()) != 1)
+        if lists:
+            weight_R1 = wide.weight_R.unsqueeze(1)
+            offsets = ids.offsets().long()
+            summed = embedding_bag(
+                places_V, weight_R1, offsets, mode="sum", per_sample_weights=weights_V, include_last_offset=True
+            )
+        else:
+            summed = wide.weight_R.take(places_V)
+            summed = summed if weights_V is None else summed.mul_(weights_V)
+        context.wide, context.places_V, context.weights_V = wide, places_V, weights_V
+        context.lengths = lengths if lists else None
+        return summed.view(len(ids.keys()), -1).t().contiguous()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
+        gradient_V = gradients[0].t().reshape(-1)
+        if context.lengths is not None:
+            gradient_V = gradient_V.repeat_interleave(context.lengths)
+        if context.weights_V is not None:
+            gradient_V = gradient_V * context.weights_V
+        context.wide.step(context.places_V, gradient_V)
+        return None, None, None

@@ -1,0 +1,144 @@
+"""The wide weights against torch's own embeddings and Adagrad, and against the fused tables that stand for them on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from models import wide_weights
+from models.embeddings import EmbeddingTables, Unfilled, fused_wide_tables
+from models.tables import Table, TableLayout
+from models.wide_weights import WideWeights
+
+ROWS = {"user": 11, "item": 5, "user x item": 40}
+TABLES = tuple(Table(name=name, rows=rows, dim=1, lookups=(name,)) for name, rows in ROWS.items())
+RATE, BETA = 0.2, 0.7
+
+
+def _wide() -> WideWeights:
+    return WideWeights(TABLES, learning_rate=RATE, beta=BETA)
+
+
+def _ids(rng: np.random.Generator, size: int, *, longest: int, weighted: bool = True) -> KeyedJaggedTensor:
+    """Lists of up to so many ids; of exactly one where that is 1."""
+    lengths = rng.integers(0, longest + 1, (len(ROWS), size)) if longest > 1 else np.ones((len(ROWS), size), np.int64)
+    values = [rng.integers(rows, size=count) for rows, count in zip(ROWS.values(), lengths.sum(axis=1), strict=True)]
+    joined = torch.from_numpy(np.concatenate(values))
+    weights = torch.from_numpy(rng.random(len(joined), dtype=np.float32)) if weighted else None
+    lengths_KB = torch.from_numpy(lengths.reshape(-1).astype(np.int32))
+    return KeyedJaggedTensor(keys=list(ROWS), values=joined, weights=weights, lengths=lengths_KB, stride=size)
+
+
+def _step(wide: WideWeights, ids: KeyedJaggedTensor, gradient_BK: torch.Tensor) -> torch.Tensor:
+    values_BK = wide(ids).values()
+    values_BK.backward(gradient_BK)
+    return values_BK.detach()
+
+
+def _state(wide: WideWeights) -> dict[str, torch.Tensor]:
+    return {f"{name}.{kind}": part.clone() for name, *parts in wide.parts() for kind, part in enumerate(parts)}
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 30), longest=st.integers(1, 4), weighted=st.booleans())
+def test_lookups_and_steps_equal_those_of_torch(seed: int, size: int, longest: int, weighted: bool) -> None:
+    """Embedding bags, and Adagrad over dense gradients, which adds its epsilon to the root as beta is added."""
+    rng, wide = np.random.default_rng(seed), _wide()
+    expected = {name: torch.nn.EmbeddingBag(rows, 1, mode="sum") for name, rows in ROWS.items()}
+    for bag in expected.values():
+        torch.nn.init.zeros_(bag.weight)
+    optimizer = torch.optim.Adagrad([bag.weight for bag in expected.values()], lr=RATE, eps=BETA)
+    for _ in range(3):
+        ids = _ids(rng, size, longest=longest, weighted=weighted)
+        gradient_BK = torch.from_numpy(rng.normal(size=(size, len(ROWS))).astype(np.float32))
+        columns = []
+        for name, bag in expected.items():
+            own = ids[name]
+            columns.append(bag(own.values(), own.offsets()[:-1].long(), own.weights() if weighted else None))
+        expected_BK = torch.cat(columns, dim=1)
+        torch.testing.assert_close(_step(wide, ids, gradient_BK), expected_BK.detach(), rtol=1e-4, atol=1e-6)
+        optimizer.zero_grad()
+        expected_BK.backward(gradient_BK)
+        optimizer.step()
+        for name, weight_R1, squares_R1 in wide.parts():
+            weight = expected[name].weight
+            torch.testing.assert_close(weight_R1, weight.detach(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(squares_R1, optimizer.state[weight]["sum"], rtol=1e-4, atol=1e-6)
+
+
+def test_many_ids_and_few_are_stepped_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for share in (0.0, float("inf")):
+        monkeypatch.setattr(wide_weights, "SPARSE_SHARE", share)
+        rng, wide = np.random.default_rng(3), _wide()
+        for _ in range(4):
+            _step(wide, _ids(rng, 25, longest=3), torch.from_numpy(rng.normal(size=(25, 3)).astype(np.float32)))
+        found.append(_state(wide))
+    for name, first in found[0].items():
+        assert torch.equal(first, found[1][name])
+        assert bool((first != 0).any())
+
+
+def test_fused_tables_learn_the_same() -> None:
+    """Which stand for the vector on a GPU, and where tables are spread over processes."""
+    deep = tuple(Table(name=name, rows=rows, dim=4, lookups=(name,)) for name, rows in ROWS.items())
+    layout, device = TableLayout(deep=deep, wide=TABLES), torch.device("cpu")
+    both = [
+        EmbeddingTables(
+            layout,
+            sparse_optimizer="adagrad",
+            sparse_learning_rate=0.1,
+            wide_learning_rate=RATE,
+            wide_beta=BETA,
+            device=device,
+        )
+        for _ in range(2)
+    ]
+    both[1].wide = fused_wide_tables(layout, learning_rate=RATE, beta=BETA, device=device)
+    assert [tables.wide_vector is None for tables in both] == [False, True]
+    rng = np.random.default_rng(5)
+    for step in range(4):
+        ids = _ids(rng, 20, longest=3)
+        gradient_BK = torch.from_numpy(rng.normal(size=(20, len(ROWS))).astype(np.float32))
+        for tables in both:
+            tables.set_learning_rates(sparse=0.1, wide=RATE / (1 + step))
+        looked_up = [tables(ids, ids).wide_BW for tables in both]
+        torch.testing.assert_close(*looked_up, rtol=1e-5, atol=1e-6)
+        for wide_BW in looked_up:
+            wide_BW.backward(gradient_BK)
+    first, second = ({piece.name: piece.tensor for piece in tables.slices() if "wide" in piece.name} for tables in both)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-5, atol=1e-6)
+    for tensor in both[1].wide.state_dict().values():
+        assert tensor[:, 0].any()
+        assert not tensor[:, 1:].any(), "no checkpoint holds the other columns"
+
+
+def test_fused_tables_that_are_about_to_be_loaded_are_zero_where_no_checkpoint_has_anything() -> None:
+    with Unfilled():
+        made = fused_wide_tables(TableLayout(deep=(), wide=TABLES), learning_rate=RATE, beta=BETA, device=torch.device("cpu"))
+    for tensor in made.state_dict().values():
+        assert not tensor.any()
+
+
+def test_keys_in_another_order_are_refused() -> None:
+    ids = KeyedJaggedTensor(
+        keys=["item", "user", "user x item"],
+        values=torch.tensor([0, 0, 0]),
+        lengths=torch.tensor([1, 1, 1], dtype=torch.int32),
+    )
+    with pytest.raises(ValueError, match=r"in the order \['user', 'item', 'user x item'\], got \['item'"):
+        _wide()(ids)
+
+
+def test_predicting_steps_nothing() -> None:
+    wide = _wide()
+    ids = _ids(np.random.default_rng(1), 6, longest=1)
+    _step(wide, ids, torch.ones(6, 3))
+    before = _state(wide)
+    with torch.no_grad():
+        values_BK = wide(ids).values()
+    assert not values_BK.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in _state(wide).items())
