@@ -31,9 +31,8 @@ class WideWeights(nn.Module):
     For tables that lie whole on a CPU; the result is deterministic.
     """
 
-    weight_R: torch.Tensor
-    squares_R: torch.Tensor
-    """Sums of squared gradients."""
+    state_R2: torch.Tensor
+    """Weights, and sums of squared gradients: beside each other, since memory gives both of an id as fast as one."""
 
     def __init__(self, tables: Sequence[Table], *, learning_rate: float, beta: float) -> None:
         """All weights are zero.
@@ -50,8 +49,7 @@ class WideWeights(nn.Module):
         self._keys = [table.lookups[0] for table in tables]
         rows = [table.rows for table in tables]
         self._first_K1 = torch.tensor(rows).cumsum(0).sub(torch.tensor(rows)).unsqueeze(1)
-        self.register_buffer("weight_R", torch.zeros(sum(rows)))
-        self.register_buffer("squares_R", torch.zeros(sum(rows)), persistent=False)
+        self.register_buffer("state_R2", torch.zeros(sum(rows), 2))
         self._sums_R: torch.Tensor | None = None
         """Zeros between steps; made by the first."""
 
@@ -72,7 +70,7 @@ class WideWeights(nn.Module):
         start = 0
         for table in self._tables:
             own = slice(start, start + table.rows)
-            yield table.name, self.weight_R[own].unsqueeze(1), self.squares_R[own].unsqueeze(1)
+            yield table.name, self.state_R2[own, :1], self.state_R2[own, 1:]
             start += table.rows
 
     def places(self, ids: KeyedJaggedTensor) -> torch.Tensor:
@@ -83,18 +81,22 @@ class WideWeights(nn.Module):
             return (rows_V.view(len(counts), -1) + self._first_K1).view(-1)
         return rows_V + self._first_K1.view(-1).repeat_interleave(torch.tensor(counts))
 
+    def at(self, places_V: torch.Tensor) -> torch.Tensor:
+        """`[V, 2]`: a copy of weights and sums of squares, taken as numbers of twice the size."""
+        return self.state_R2.view(torch.int64).view(-1).take(places_V).view(torch.float32).view(-1, 2)
+
     def step(self, places_V: torch.Tensor, gradient_V: torch.Tensor) -> None:
         """One step; places may repeat."""
         if self._sums_R is None:
-            self._sums_R = torch.zeros_like(self.weight_R)
+            self._sums_R = self.state_R2.new_zeros(len(self.state_R2))
         sums_R = self._sums_R.scatter_add_(0, places_V, gradient_V)
         if len(places_V) > SPARSE_SHARE * len(sums_R):
             places_V = sums_R.nonzero().view(-1)
-        sum_V = sums_R.take(places_V)
-        squares_V = self.squares_R.take(places_V).addcmul_(sum_V, sum_V)
-        self.squares_R.put_(places_V, squares_V)
-        divisor_V = squares_V.sqrt_().add_(self._beta)
-        self.weight_R.put_(places_V, self.weight_R.take(places_V).addcdiv_(sum_V, divisor_V, value=-self.learning_rate))
+        sum_V, state_V2 = sums_R.take(places_V), self.at(places_V)
+        weight_V, squares_V = state_V2.unbind(dim=1)
+        squares_V.addcmul_(sum_V, sum_V)
+        weight_V.addcdiv_(sum_V, squares_V.sqrt().add_(self._beta), value=-self.learning_rate)
+        self.state_R2.view(torch.int64).view(-1).put_(places_V, state_V2.view(torch.int64).view(-1))
         sums_R.index_fill_(0, places_V, 0.0)
 
 
@@ -106,17 +108,17 @@ class _LookedUp(torch.autograd.Function):
         places_V, weights_V, lengths = wide.places(ids), ids.weights_or_none(), ids.lengths()
         lists = len(lengths) != len(places_V) or (len(lengths) > 0 and int(lengths.min()) != 1)
         if lists:
-            weight_R1 = wide.weight_R.unsqueeze(1)
             offsets = ids.offsets().long()
             summed = embedding_bag(
-                places_V, weight_R1, offsets, mode="sum", per_sample_weights=weights_V, include_last_offset=True
-            )
+                places_V, wide.state_R2, offsets, mode="sum", per_sample_weights=weights_V, include_last_offset=True
+            )[:, 0]
         else:
-            summed = wide.weight_R.take(places_V)
-            summed = summed if weights_V is None else summed.mul_(weights_V)
+            summed = wide.at(places_V)[:, 0]
+            summed = summed if weights_V is None else summed * weights_V
         context.wide, context.places_V, context.weights_V = wide, places_V, weights_V
         context.lengths = lengths if lists else None
-        return summed.view(len(ids.keys()), -1).t().contiguous()
+        values_BK: torch.Tensor = summed.view(len(ids.keys()), -1).t().contiguous()
+        return values_BK
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
