@@ -174,10 +174,9 @@ class EmbeddingTables(nn.Module):
 
         A table at a time is drawn whole, on the host; wide weights are zero.
         """
-        for own in self.slices(with_optimizer=False):
-            if own.name.startswith("wide."):
-                own.tensor.zero_()
         pieces = list(self.slices(with_optimizer=False))
+        for own in pieces:
+            own.tensor.zero_()
         for table in self.layout.deep:
             whole = torch.empty(table.rows, table.dim).uniform_(-INITIAL_BOUND, INITIAL_BOUND)
             drawn = TableSlice(name=f"deep.{table.name}.weight", row=0, column=0, tensor=whole)

@@ -78,7 +78,7 @@ class WideWeights(nn.Module):
         rows_V: torch.Tensor = ids.values().long()
         counts = ids.length_per_key()
         if len(set(counts)) == 1:
-            return (rows_V.view(len(counts), -1) + self._first_K1).view(-1)
+            return (rows_V.view(len(counts), counts[0]) + self._first_K1).view(-1)
         return rows_V + self._first_K1.view(-1).repeat_interleave(torch.tensor(counts))
 
     def at(self, places_V: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ class _LookedUp(torch.autograd.Function):
             summed = summed if weights_V is None else summed * weights_V
         context.wide, context.places_V, context.weights_V = wide, places_V, weights_V
         context.lengths = lengths if lists else None
-        values_BK: torch.Tensor = summed.view(len(ids.keys()), -1).t().contiguous()
+        values_BK: torch.Tensor = summed.view(len(ids.keys()), ids.stride()).t().contiguous()
         return values_BK
 
     @staticmethod

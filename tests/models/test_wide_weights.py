@@ -133,6 +133,16 @@ def test_keys_in_another_order_are_refused() -> None:
         _wide()(ids)
 
 
+@pytest.mark.parametrize("size", [0, 3])
+def test_where_nothing_is_looked_up_nothing_is_stepped(size: int) -> None:
+    wide = _wide()
+    none = torch.empty(0)
+    lengths = torch.zeros(len(ROWS) * size, dtype=torch.int32)
+    ids = KeyedJaggedTensor(keys=list(ROWS), values=none.long(), weights=none, lengths=lengths, stride=size)
+    assert torch.equal(_step(wide, ids, torch.ones(size, len(ROWS))), torch.zeros(size, len(ROWS)))
+    assert not any(tensor.any() for tensor in _state(wide).values())
+
+
 def test_predicting_steps_nothing() -> None:
     wide = _wide()
     ids = _ids(np.random.default_rng(1), 6, longest=1)
