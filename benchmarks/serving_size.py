@@ -9,8 +9,7 @@ Out: one line a precision: bytes of the served folder and of the tables in memor
     python benchmarks/serving_size.py --dataset brunch --landing FOLDER --hours 48 --test-hours 6
 
 The precisions predict in turns, each from its own export of the same checkpoint; seconds are medians. In memory, fp32 tables
-have three columns of zeros beside each wide weight, which their kernels want and which are counted, and accumulators, which are
-not.
+have a sum of squares beside each wide weight, which is counted, and accumulators of embeddings, which are not.
 """
 
 import argparse

@@ -4,9 +4,11 @@ Enters: row numbers as they are looked up to be learned. Leaves: the changed one
 take hundredths of a second.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from data_schemas.examples import I64
 
@@ -23,14 +25,21 @@ class ChangedRows:
     array([ 3, 70])
     """
 
-    def __init__(self, num_rows: int, device: "torch.device | None" = None) -> None:
+    def __init__(
+        self, num_rows: int, device: "torch.device | None" = None, *, marks: npt.NDArray[np.bool_] | None = None
+    ) -> None:
         """No row has changed.
 
         Args:
             num_rows: of the table.
             device: that the rows to mark are on; None for the CPU.
+            marks: bytes to use, one a row, all False; None: of its own.
         """
-        self._marks = np.zeros(num_rows, bool) if device is None or device.type == "cpu" else _marks_on(device, num_rows)
+        self._marks: npt.NDArray[np.bool_] | torch.Tensor
+        if marks is not None:
+            self._marks = marks
+        else:
+            self._marks = np.zeros(num_rows, bool) if device is None or device.type == "cpu" else _marks_on(device, num_rows)
 
     def add(self, rows: "torch.Tensor | I64") -> None:
         """Marks these rows, which may repeat."""
@@ -43,6 +52,21 @@ class ChangedRows:
     def clear(self) -> None:
         """No row has changed from here."""
         self._marks[:] = False
+
+
+def one_after_the_other(num_rows: Mapping[str, int]) -> tuple[npt.NDArray[np.bool_], dict[str, ChangedRows]]:
+    """Of several tables by name, and the marks of all of them, in that order, so that rows of all can be noted at once.
+
+    >>> marks, changed = one_after_the_other({"user": 5, "item": 3})
+    >>> marks[[4, 6]] = True
+    >>> changed["user"].rows(), changed["item"].rows()
+    (array([4]), array([1]))
+    """
+    marks, changed, start = np.zeros(sum(num_rows.values()), bool), dict[str, ChangedRows](), 0
+    for name, rows in num_rows.items():
+        changed[name] = ChangedRows(rows, marks=marks[start : start + rows])
+        start += rows
+    return marks, changed
 
 
 def _marks_on(device: "torch.device", num_rows: int) -> "torch.Tensor":

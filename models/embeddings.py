@@ -24,7 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import CorruptCheckpoint
 from data_schemas.examples import I64
-from models.changed_rows import ChangedRows
+from models.changed_rows import ChangedRows, one_after_the_other
 from models.tables import Table, TableLayout
 from models.wide_weights import WideWeights
 
@@ -187,8 +187,11 @@ class EmbeddingTables(nn.Module):
     def lie_on(self, device: torch.device) -> None:
         """The tables are on this device now, and none of their rows has changed."""
         self.device = device
-        names = {table.name: table.rows for table in (*self.layout.deep, *self.layout.wide)}
-        self.changed = {name: ChangedRows(rows, device) for name, rows in names.items()}
+        of_vector = self.layout.wide if self.wide_vector is not None else ()
+        marks, in_vector = one_after_the_other({table.name: table.rows for table in of_vector})
+        self._vector_marks = torch.from_numpy(marks)
+        rows = {table.name: table.rows for table in (*self.layout.deep, *self.layout.wide)}
+        self.changed = {name: in_vector.get(name) or ChangedRows(count, device) for name, count in rows.items()}
         """By feature or cross: the rows that may have changed since `mark_saved`, in whichever of its tables. Each of several
         processes knows those that it looked up itself."""
 
@@ -290,8 +293,13 @@ class EmbeddingTables(nn.Module):
 
     def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> None:
         """Rows that a backward pass will step. A feature's embeddings and wide weights are mostly looked up alike."""
-        seen = [deep] if wide.values().data_ptr() == deep.values().data_ptr() and wide.keys() == deep.keys() else [deep, wide]
-        for ids in seen:
+        alike = wide.values().data_ptr() == deep.values().data_ptr() and wide.keys() == deep.keys()
+        by_table = [] if alike else [deep]
+        if self.wide_vector is not None:
+            self._vector_marks.index_fill_(0, self.wide_vector.places(wide), True)
+        else:
+            by_table.append(wide)
+        for ids in by_table:
             for key, rows in zip(ids.keys(), ids.values().split(ids.length_per_key()), strict=True):
                 self.changed[self.layout.table_of[key]].add(rows)
 
