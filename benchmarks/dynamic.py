@@ -12,6 +12,7 @@ come to in them is left out; the others plan what to leave out.
     python benchmarks/dynamic.py synthetic --seconds 1000
     python benchmarks/dynamic.py synthetic --hours 8 --rows-per-hour 40000 --seconds 0.2
     python benchmarks/dynamic.py brunch --hours 36 --seconds 1000
+    python benchmarks/dynamic.py brunch --hours 36 --seconds 0.12 --set training.sparse_step_rows=1024
     python benchmarks/dynamic.py brunch --hours 144 --window-hours 24 --seconds 0.8 --fixed 512 1024 2048 4096
 """
 
@@ -51,7 +52,7 @@ def main() -> None:
     cli.add_argument("--seeds", type=int, default=5)
     cli.add_argument("--workers", type=int, default=2)
     cli.add_argument("--scaling", choices=get_args(RateScaling), default="sqrt")
-    cli.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="of all strategies")
+    cli.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all strategies")
     cli.add_argument("--fixed", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
     options = cli.parse_args()
     if options.seeds < 2:
@@ -68,12 +69,12 @@ def main() -> None:
 
 def _compare(config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedWindow], options: argparse.Namespace) -> None:
     own = config.training.batch_size
-    same = (f"budget.seconds={options.seconds}", *options.set)
+    of_all = (f"budget.seconds={options.seconds}", *options.set)
     largest = f"training.max_batch_size={max(options.fixed)}"
     rates = (f"training.reference_batch_size={own}", f"training.learning_rate_scaling={options.scaling}")
-    fixed = [Strategy(name=f"fixed {b}", overrides=(*same, *rates, f"training.batch_size={b}")) for b in options.fixed]
+    fixed = [Strategy(name=f"fixed {b}", overrides=(*of_all, *rates, f"training.batch_size={b}")) for b in options.fixed]
     chosen = [
-        Strategy(name=how, overrides=(*same, *rates, largest, f"training.batch_policy={how}"))
+        Strategy(name=how, overrides=(*of_all, *rates, largest, f"training.batch_policy={how}"))
         for how in ("deadline", "goodput")
     ]
     jobs = jobs_of(config, [*fixed, *chosen], options.seeds)

@@ -47,7 +47,9 @@ WANTED = 0.6
 COPIED_BYTES = 256 * 2**20
 MATRIX = 2048
 FILES = 4
-F32_BYTES, ID_BYTES, WIDE_BYTES = 4, 8, 16
+F32_BYTES, ID_BYTES = 4, 8
+WIDE_ROW_BYTES = {"cpu": 8, "cuda": 20}
+"""A wide weight and its sum of squares; in fused tables three columns of zeros stand beside the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +136,9 @@ def _of_step(learner: Learner, window: EncodedWindow, options: argparse.Namespac
     took = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
     forward, backward = _operations(learner, learner.look_up(batch))
     dims = learner.model.layout.deep_dims
-    pooled = options.batch * (sum(dims) * F32_BYTES + FEATURES * WIDE_BYTES)
+    pooled = options.batch * (sum(dims) + FEATURES) * F32_BYTES
     distinct = sum(len(np.unique(window.single_RK[: options.batch, column])) for column in range(FEATURES))
-    row_bytes = dims[0] * F32_BYTES + F32_BYTES + 2 * WIDE_BYTES
+    row_bytes = dims[0] * F32_BYTES + F32_BYTES + WIDE_ROW_BYTES[device.type]
     weights = sum(parameter.numel() for parameter in learner.parameters.values()) * F32_BYTES
     ids = 2 * options.batch * FEATURES * ID_BYTES
     seen = options.batch * (sum(dims) + FEATURES) * F32_BYTES

@@ -252,10 +252,11 @@ def _measured(
     """All contenders in turns."""
     laps: dict[str, Laps] = {}
     least = -(-batch // FILE_ROWS)
-    most = ((NUM_FILES - 1) // least - WARM_UP_LAPS) // options.repetitions
-    if most < 1:
+    most_times = ((NUM_FILES - 1) // least - WARM_UP_LAPS) // options.repetitions
+    if most_times < 1:
         raise SystemExit(
-            f"{NUM_FILES - 1} files do not last for {options.repetitions} laps of {least}; use fewer --repetitions"
+            f"{WARM_UP_LAPS + options.repetitions} laps of {least} files or more, for batches of {batch:,}, need more than "
+            f"{NUM_FILES - 1}; use fewer --repetitions or smaller --batches"
         )
     for name, make in makers.items():
         try:
@@ -264,7 +265,7 @@ def _measured(
             print(f"{name} is absent: {error}", file=sys.stderr)
             continue
         laps[name].warm_up_seconds, *_, seconds = [_lap(laps[name], files, device) for _ in range(WARM_UP_LAPS)]
-        laps[name].files_a_lap = least * min(max(int(options.seconds / seconds), 1), most)
+        laps[name].files_a_lap = least * min(max(int(options.seconds / seconds), 1), most_times)
     for _ in range(options.repetitions):
         for lap in laps.values():
             lap.seconds.append(_lap(lap, files, device))
@@ -282,8 +283,8 @@ def _measured(
 def _lap(lap: Laps, files: Sequence[Path], device: torch.device) -> float:
     """Seconds of the next files."""
     start = lap.rows // FILE_ROWS
+    assert start + lap.files_a_lap < len(files)
     chosen = files[start : start + lap.files_a_lap]
-    assert files[-1] not in chosen
     if isinstance(lap.contender, VowpalWabbitText):
         lap.contender.prepare(chosen)
     wait_for(device)

@@ -71,7 +71,7 @@ def _measured(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds of a lookup and of a step: in one vector, in fused tables."""
     tables = tuple(Table(name=name, rows=ids, dim=1, lookups=(name,)) for name in _names())
-    vector = WideWeights(tables, learning_rate=RATE, beta=BETA)
+    vector = WideWeights(tables, learning_rate=RATE, beta=BETA, weighted=False)
     layout = TableLayout(deep=(), wide=tables, weighted=False)
     fused = fused_wide_tables(layout, learning_rate=RATE, beta=BETA, device=torch.device("cpu"))
     gradient_BK = 1e-3 * torch.randn(batches[0].stride(), FEATURES)

@@ -25,21 +25,22 @@ class ChangedRows:
     array([ 3, 70])
     """
 
-    def __init__(
-        self, num_rows: int, device: "torch.device | None" = None, *, marks: npt.NDArray[np.bool_] | None = None
-    ) -> None:
+    def __init__(self, num_rows: int, device: "torch.device | None" = None) -> None:
         """No row has changed.
 
         Args:
             num_rows: of the table.
             device: that the rows to mark are on; None for the CPU.
-            marks: bytes to use, one a row, all False; None: of its own.
         """
         self._marks: npt.NDArray[np.bool_] | torch.Tensor
-        if marks is not None:
-            self._marks = marks
-        else:
-            self._marks = np.zeros(num_rows, bool) if device is None or device.type == "cpu" else _marks_on(device, num_rows)
+        self._marks = np.zeros(num_rows, bool) if device is None or device.type == "cpu" else _marks_on(device, num_rows)
+
+    @classmethod
+    def of(cls, marks: "torch.Tensor") -> "ChangedRows":
+        """Over marks that someone else sets too, a bool a row."""
+        made = cls(0)
+        made._marks = marks
+        return made
 
     def add(self, rows: "torch.Tensor | I64") -> None:
         """Marks these rows, which may repeat."""
@@ -54,19 +55,19 @@ class ChangedRows:
         self._marks[:] = False
 
 
-def one_after_the_other(num_rows: Mapping[str, int]) -> tuple[npt.NDArray[np.bool_], dict[str, ChangedRows]]:
-    """Of several tables by name, and the marks of all of them, in that order, so that rows of all can be noted at once.
+def marks_side_by_side(num_rows: Mapping[str, int]) -> tuple["torch.Tensor", dict[str, ChangedRows]]:
+    """Marks of several tables in one tensor, so that rows of all can be noted at once; and by name each table's part of it.
 
-    >>> marks, changed = one_after_the_other({"user": 5, "item": 3})
+    >>> marks, changed = marks_side_by_side({"user": 5, "item": 3})
     >>> marks[[4, 6]] = True
     >>> changed["user"].rows(), changed["item"].rows()
     (array([4]), array([1]))
     """
-    marks, changed, start = np.zeros(sum(num_rows.values()), bool), dict[str, ChangedRows](), 0
-    for name, rows in num_rows.items():
-        changed[name] = ChangedRows(rows, marks=marks[start : start + rows])
-        start += rows
-    return marks, changed
+    import torch
+
+    marks = torch.zeros(sum(num_rows.values()), dtype=torch.bool)
+    parts = marks.split(list(num_rows.values()))
+    return marks, {name: ChangedRows.of(part) for name, part in zip(num_rows, parts, strict=True)}
 
 
 def _marks_on(device: "torch.device", num_rows: int) -> "torch.Tensor":

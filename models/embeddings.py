@@ -24,7 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import CorruptCheckpoint
 from data_schemas.examples import I64
-from models.changed_rows import ChangedRows, one_after_the_other
+from models.changed_rows import ChangedRows, marks_side_by_side
 from models.tables import Table, TableLayout
 from models.wide_weights import WideWeights
 
@@ -144,7 +144,7 @@ class EmbeddingTables(nn.Module):
         )
         beta = max(wide_beta, SMALLEST_BETA)
         self.wide: nn.Module = (
-            WideWeights(layout.wide, learning_rate=wide_learning_rate, beta=beta)
+            WideWeights(layout.wide, learning_rate=wide_learning_rate, beta=beta, weighted=layout.weighted)
             if device.type == "cpu"
             else fused_wide_tables(layout, learning_rate=wide_learning_rate, beta=beta, device=device)
         )
@@ -176,7 +176,8 @@ class EmbeddingTables(nn.Module):
         """
         pieces = list(self.slices(with_optimizer=False))
         for own in pieces:
-            own.tensor.zero_()
+            if own.name.startswith("wide."):
+                own.tensor.zero_()
         for table in self.layout.deep:
             whole = torch.empty(table.rows, table.dim).uniform_(-INITIAL_BOUND, INITIAL_BOUND)
             drawn = TableSlice(name=f"deep.{table.name}.weight", row=0, column=0, tensor=whole)
@@ -188,8 +189,7 @@ class EmbeddingTables(nn.Module):
         """The tables are on this device now, and none of their rows has changed."""
         self.device = device
         of_vector = self.layout.wide if self.wide_vector is not None else ()
-        marks, in_vector = one_after_the_other({table.name: table.rows for table in of_vector})
-        self._vector_marks = torch.from_numpy(marks)
+        self._vector_marks, in_vector = marks_side_by_side({table.name: table.rows for table in of_vector})
         rows = {table.name: table.rows for table in (*self.layout.deep, *self.layout.wide)}
         self.changed = {name: in_vector.get(name) or ChangedRows(count, device) for name, count in rows.items()}
         """By feature or cross: the rows that may have changed since `mark_saved`, in whichever of its tables. Each of several

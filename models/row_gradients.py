@@ -1,8 +1,8 @@
 """The gradient of each table row that a batch looked up, and one step of the tables with gradients given row by row.
 
 Enters: the gradient of the pooled embeddings. Leaves: `RowGradients`, summed over everything that a table is looked up by:
-single ids, lists, and pools of histories, which share the table of their feature. The fused tables sum the same inside
-backward; here it can be clipped or averaged first, and then goes through the same fused optimizers.
+single ids, lists, and pools of histories, which share the table of their feature. The tables sum the same inside backward;
+here it can be clipped or averaged first, and then goes through the same optimizers.
 
 Letters: C rows of the chunk, V ids looked up, U distinct rows of a table, D length of an embedding, S the sum of the lengths.
 """

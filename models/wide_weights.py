@@ -28,22 +28,26 @@ class WideWeights(nn.Module):
     """Weights with the steps of FTRL-proximal (McMahan et al. 2013, section 2.1) but for its L1 and L2:
     `learning_rate / (beta + sqrt(sum of g^2))` for each, g the gradient summed over the rows of a step.
 
-    For tables that lie whole on a CPU; the result is deterministic.
+    For tables that lie whole on a CPU; the result is deterministic. An id has to be a row of its own table: what lies beyond
+    stands for an id of another.
     """
 
     state_R2: torch.Tensor
     """Weights, and sums of squared gradients: beside each other, since memory gives both of an id as fast as one."""
 
-    def __init__(self, tables: Sequence[Table], *, learning_rate: float, beta: float) -> None:
+    def __init__(self, tables: Sequence[Table], *, learning_rate: float, beta: float, weighted: bool = True) -> None:
         """All weights are zero.
 
         Args:
             tables: each with one lookup.
             learning_rate: can be set anew between steps.
             beta: above 0.
+            weighted: False: every key has one id a row, of weight 1, and lookups do not look.
         """
         super().__init__()
+        assert all(len(table.lookups) == 1 for table in tables)
         self.learning_rate = learning_rate
+        self.weighted = weighted
         self._beta = beta
         self._tables = tuple(tables)
         self._keys = [table.lookups[0] for table in tables]
@@ -51,7 +55,7 @@ class WideWeights(nn.Module):
         self._first_K1 = torch.tensor(rows).cumsum(0).sub(torch.tensor(rows)).unsqueeze(1)
         self.register_buffer("state_R2", torch.zeros(sum(rows), 2))
         self._sums_R: torch.Tensor | None = None
-        """Zeros between steps; made by the first."""
+        """Zeros between steps; None: to be made."""
 
     def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
         """Weighted sums, one a key; no ids give zero.
@@ -85,19 +89,25 @@ class WideWeights(nn.Module):
         """`[V, 2]`: a copy of weights and sums of squares, taken as numbers of twice the size."""
         return self.state_R2.view(torch.int64).view(-1).take(places_V).view(torch.float32).view(-1, 2)
 
-    def step(self, places_V: torch.Tensor, gradient_V: torch.Tensor) -> None:
-        """One step; places may repeat."""
-        if self._sums_R is None:
-            self._sums_R = self.state_R2.new_zeros(len(self.state_R2))
-        sums_R = self._sums_R.scatter_add_(0, places_V, gradient_V)
+    def step(self, places_V: torch.Tensor, gradient_V: torch.Tensor, state_V2: torch.Tensor | None = None) -> None:
+        """One step.
+
+        Args:
+            places_V: may repeat.
+            gradient_V: by what was looked up there.
+            state_V2: what `at` gives for `places_V`, which is overwritten; None: not known.
+        """
+        sums_R = self.state_R2.new_zeros(len(self.state_R2)) if self._sums_R is None else self._sums_R
+        self._sums_R = None  # a step that fails leaves no gradients to the next
+        sums_R.scatter_add_(0, places_V, gradient_V)
         if len(places_V) > SPARSE_SHARE * len(sums_R):
-            places_V = sums_R.nonzero().view(-1)
-        sum_V, state_V2 = sums_R.take(places_V), self.at(places_V)
+            places_V, state_V2 = sums_R.nonzero().view(-1), None
+        sum_V, state_V2 = sums_R.take(places_V), self.at(places_V) if state_V2 is None else state_V2
         weight_V, squares_V = state_V2.unbind(dim=1)
         squares_V.addcmul_(sum_V, sum_V)
         weight_V.addcdiv_(sum_V, squares_V.sqrt().add_(self._beta), value=-self.learning_rate)
         self.state_R2.view(torch.int64).view(-1).put_(places_V, state_V2.view(torch.int64).view(-1))
-        sums_R.index_fill_(0, places_V, 0.0)
+        self._sums_R = sums_R.index_fill_(0, places_V, 0.0)
 
 
 class _LookedUp(torch.autograd.Function):
@@ -105,20 +115,25 @@ class _LookedUp(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, anchor: torch.Tensor, wide: WideWeights, ids: KeyedJaggedTensor) -> torch.Tensor:
-        places_V, weights_V, lengths = wide.places(ids), ids.weights_or_none(), ids.lengths()
-        lists = len(lengths) != len(places_V) or (len(lengths) > 0 and int(lengths.min()) != 1)
+        places_V, weights_V = wide.places(ids), ids.weights_or_none() if wide.weighted else None
+        state_V2: torch.Tensor | None = None
+        lists = wide.weighted and _are_lists(ids.lengths(), len(places_V))
         if lists:
-            offsets = ids.offsets().long()
-            summed = embedding_bag(
-                places_V, wide.state_R2, offsets, mode="sum", per_sample_weights=weights_V, include_last_offset=True
+            pooled = embedding_bag(
+                places_V,
+                wide.state_R2,
+                ids.offsets().long(),
+                mode="sum",
+                per_sample_weights=weights_V,
+                include_last_offset=True,
             )[:, 0]
         else:
-            summed = wide.at(places_V)[:, 0]
-            summed = summed if weights_V is None else summed * weights_V
+            state_V2 = wide.at(places_V)
+            pooled = state_V2[:, 0] if weights_V is None else state_V2[:, 0] * weights_V
         context.wide, context.places_V, context.weights_V = wide, places_V, weights_V
-        context.lengths = lengths if lists else None
-        values_BK: torch.Tensor = summed.view(len(ids.keys()), ids.stride()).t().contiguous()
-        return values_BK
+        context.lengths = ids.lengths() if lists else None
+        context.state_V2, context.version = state_V2, wide.state_R2._version
+        return pooled.view(len(ids.keys()), ids.stride()).t().clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
@@ -127,5 +142,13 @@ class _LookedUp(torch.autograd.Function):
             gradient_V = gradient_V.repeat_interleave(context.lengths)
         if context.weights_V is not None:
             gradient_V = gradient_V * context.weights_V
-        context.wide.step(context.places_V, gradient_V)
+        wide: WideWeights = context.wide
+        is_as_it_was = wide.state_R2._version == context.version  # counts what is changed in place, through views too
+        wide.step(context.places_V, gradient_V, context.state_V2 if is_as_it_was else None)
+        context.state_V2 = None  # overwritten
         return None, None, None
+
+
+def _are_lists(lengths: torch.Tensor, count: int) -> bool:
+    """Whether not every bag has exactly one id."""
+    return len(lengths) != count or (count > 0 and int(lengths.min()) != 1)

@@ -24,7 +24,6 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import KernelConfig, ParameterConstraints, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ShardingPlan
-from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import ConfigError
@@ -201,11 +200,12 @@ class _Sharder(FusedEmbeddingBagCollectionSharder):  # type: ignore[misc]
 class _Copies(nn.Module):
     """Tables of which each process has a copy: looked up alone, stepped by what all of them looked up.
 
-    torchrec's own data-parallel tables keep optimizer state that cannot be saved; here the fused tables stay what they are in
-    one process, and each applies the same gradients in the same order, so that the copies stay the same to the bit.
+    torchrec's own data-parallel tables keep optimizer state that cannot be saved; here the tables stay what they are in one
+    process, and each applies the same gradients in the same order, so that the copies stay the same to the bit.
     """
 
-    def __init__(self, collection: FusedEmbeddingBagCollection, processes: Processes) -> None:
+    def __init__(self, collection: Any, processes: Processes) -> None:
+        """Of a fused collection, or of `WideWeights`."""
         super().__init__()
         self.collection = collection
         self._processes = processes

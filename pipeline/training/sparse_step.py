@@ -1,8 +1,8 @@
 """The step of the table rows where something is done to each row's gradient first: clipping, averaging.
 
-    gradient of the pooled embeddings -> gradient of each row -> CowClip -> moving average -> the fused optimizer
+    gradient of the pooled embeddings -> gradient of each row -> CowClip -> moving average -> the tables' optimizer
 
-Without any of it the fused tables do the whole in one backward pass, and nothing here runs.
+Without any of it the tables do the whole in one backward pass, and nothing here runs.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,6 @@
 """Embedding tables against torch's own embeddings and Adagrad."""
 
+from copy import deepcopy
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from data_schemas.errors import CorruptCheckpoint
-from models.embeddings import EmbeddingTables, SparseOptimizer, TableSlice
+from models.embeddings import EmbeddingTables, SparseOptimizer, TableSlice, fused_wide_tables
 from models.tables import Table, TableLayout
 
 TABLES = (
@@ -212,6 +213,29 @@ def test_rows_that_are_looked_up_to_be_learned_or_start_anew_count_as_changed_an
     tables.mark_saved()
     assert not any(len(changed.rows()) for changed in tables.changed.values())
     assert tables.decays == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_count_as_changed_where_embeddings_and_wide_weights_are_looked_up_by_the_same_ids(fused: bool) -> None:
+    """In a copy of the tables too, which notes for itself."""
+    device = torch.device("cpu")
+    layout = TableLayout(deep=(TABLES[0], TABLES[2]), wide=(WIDE[0], WIDE[2]))
+    tables = EmbeddingTables(
+        layout, sparse_optimizer="adagrad", sparse_learning_rate=0.1, wide_learning_rate=0.2, device=device
+    )
+    if fused:
+        tables.wide = fused_wide_tables(layout, learning_rate=0.2, beta=1.0, device=device)
+        tables.lie_on(device)
+    copied = deepcopy(tables)
+    ids = KeyedJaggedTensor(
+        keys=["user", "tags"],
+        values=torch.tensor([1, 1, 3, 2, 6]),
+        weights=torch.ones(5),
+        lengths=torch.tensor([1, 1, 1, 2, 0, 0], dtype=torch.int32),
+    )
+    copied(ids, ids)
+    assert {name: changed.rows().tolist() for name, changed in copied.changed.items()} == {"user": [1, 3], "tags": [2, 6]}
+    assert not any(len(changed.rows()) for changed in tables.changed.values())
 
 
 @pytest.mark.parametrize("cuts", [(0, 11), (0, 4, 11), (0, 1, 2, 10, 11)])

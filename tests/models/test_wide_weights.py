@@ -116,11 +116,12 @@ def test_fused_tables_learn_the_same() -> None:
         assert not tensor[:, 1:].any(), "no checkpoint holds the other columns"
 
 
-def test_fused_tables_that_are_about_to_be_loaded_are_zero_where_no_checkpoint_has_anything() -> None:
+def test_what_is_drawn_from_a_range_stays_as_it_is_where_all_of_it_is_about_to_be_loaded() -> None:
+    """But for ranges of one value: the columns of fused wide tables that no checkpoint holds start so."""
     with Unfilled():
-        made = fused_wide_tables(TableLayout(deep=(), wide=TABLES), learning_rate=RATE, beta=BETA, device=torch.device("cpu"))
-    for tensor in made.state_dict().values():
-        assert not tensor.any()
+        drawn, constant = torch.ones(3).uniform_(-1.0, 1.0), torch.ones(3).uniform_(0.0, 0.0)
+    assert torch.equal(drawn, torch.ones(3))
+    assert torch.equal(constant, torch.zeros(3))
 
 
 def test_keys_in_another_order_are_refused() -> None:
@@ -131,6 +132,63 @@ def test_keys_in_another_order_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"in the order \['user', 'item', 'user x item'\], got \['item'"):
         _wide()(ids)
+
+
+def test_weights_of_ones_may_be_passed_by() -> None:
+    found = []
+    for weighted in (True, False):
+        rng = np.random.default_rng(8)
+        wide = WideWeights(TABLES, learning_rate=RATE, beta=BETA, weighted=weighted)
+        for _ in range(3):
+            bare = _ids(rng, 9, longest=1, weighted=False)
+            ones = torch.ones(len(bare.values()))
+            ids = KeyedJaggedTensor(
+                keys=list(ROWS), values=bare.values(), weights=ones, lengths=bare.lengths(), stride=bare.stride()
+            )
+            _step(wide, ids, torch.from_numpy(rng.normal(size=(9, 3)).astype(np.float32)))
+        found.append(_state(wide))
+    assert all(torch.equal(first, found[1][name]) for name, first in found[0].items())
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_what_changes_between_a_lookup_and_its_step_is_stepped_as_it_then_is(longest: int) -> None:
+    """Two lookups before the step of either; and rows that start anew in between."""
+    rng = np.random.default_rng(4)
+    first, second = _ids(rng, 12, longest=longest), _ids(rng, 12, longest=longest)
+    gradient_BK = torch.from_numpy(rng.normal(size=(12, 3)).astype(np.float32))
+    at_once, in_turns = _wide(), _wide()
+    both = [at_once(ids).values() for ids in (first, second)]
+    for values_BK in both:
+        values_BK.backward(gradient_BK)
+    for ids in (first, second):
+        _step(in_turns, ids, gradient_BK)
+    for name, tensor in _state(in_turns).items():
+        assert torch.equal(tensor, _state(at_once)[name])
+
+    values_BK = at_once(first).values()
+    for _, weight_R1, squares_R1 in at_once.parts():
+        weight_R1.fill_(0.5)
+        squares_R1.fill_(0.25)
+    values_BK.backward(torch.zeros(12, 3))
+    for _, weight_R1, squares_R1 in at_once.parts():
+        assert bool((weight_R1 == 0.5).all())
+        assert bool((squares_R1 == 0.25).all())
+
+
+def test_a_step_that_fails_leaves_no_gradients_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    ids, gradient_BK = _ids(rng, 10, longest=3), torch.from_numpy(rng.normal(size=(10, 3)).astype(np.float32))
+    failing, expected = _wide(), _wide()
+    for wide in (failing, expected):
+        _step(wide, ids, gradient_BK)
+    values_BK = failing(ids).values()
+    with monkeypatch.context() as broken:
+        broken.setattr(failing, "_beta", "no number")
+        with pytest.raises(TypeError):
+            values_BK.backward(gradient_BK)
+    for wide in (failing, expected):
+        _step(wide, ids, gradient_BK)
+    assert all(torch.equal(tensor, _state(expected)[name]) for name, tensor in _state(failing).items())
 
 
 @pytest.mark.parametrize("size", [0, 3])

@@ -61,11 +61,12 @@ def _weights(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def _greatest_difference(first: Learner, second: Learner) -> float:
-    """Of all weights and accumulators; of values beyond 1, which float32 has to seven digits, their share."""
-    others = _weights(second)
-    return max(
-        float(((tensor - others[name]) / tensor.abs().clamp_min(1)).abs().max()) for name, tensor in _weights(first).items()
-    )
+    """Of all weights; of accumulators, which grow beyond 1 where float32 has no more than seven digits, as a share there."""
+    others, greatest = _weights(second), 0.0
+    for name, tensor in _weights(first).items():
+        scale = tensor.abs().clamp_min(1) if name.endswith(".accumulator") else 1.0
+        greatest = max(greatest, float(((tensor - others[name]) / scale).abs().max()))
+    return greatest
 
 
 def _pass(learner: Learner, window: EncodedWindow, batch_size: int = 64, **more: Any) -> Learned:
