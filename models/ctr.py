@@ -73,7 +73,9 @@ class DenseNet(nn.Module):
         """Logits `[B] float32`."""
         if not self.candidate_of and not self.attended:
             return self._logits(deep_BS, wide_BW, dense_BN, self._seen(dense_BN))
-        head_BS, clicks_BS = deep_BS.split([self.head_width, deep_BS.shape[1] - self.head_width], dim=1)
+        head_BS, clicks_BS = deep_BS, deep_BS[:, self.head_width :]
+        if self.attended:  # or the backward pass would copy all gradients for nothing
+            head_BS, clicks_BS = deep_BS.split([self.head_width, deep_BS.shape[1] - self.head_width], dim=1)
         embedded = head_BS.split(self.dims, dim=1)
         products = [embedded[pool] * embedded[candidate] for pool, candidate in self.candidate_of]
         attended = self._attend(embedded, clicks_BS)
