@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from data_schemas.errors import StoppedByFirst, TidemarkError
 from flows.early_server import server_starting
-from pipeline.collector import end_quickly, nothing_collected
+from pipeline.collector import end_quickly, leave_at_once, nothing_collected
 
 if TYPE_CHECKING:
     from prefect import Flow  # takes a second to import, and commands that are no flow do without
@@ -28,14 +28,15 @@ def run_flow(flow: "Flow[..., Any]", words: Sequence[str] | None = None, *, prog
     """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
 
     The module that the flow's file names as `IMPORTED_LATER` is imported while Prefect's temporary server starts. Among
-    processes that torchrun has started only the first is a flow run; the others call the same function.
+    processes that torchrun has started only the first is a flow run; the others call the same function, and end here.
 
     Returns:
         The exit code: 0, or that of an error that a user can act on: 1, or 75 where another process holds the model. Any
         other exception passes through.
     """
     if not leads():
-        return run_command(flow.fn, flow.fn, words, name=program or flow.name)
+        code = run_command(flow.fn, flow.fn, words, name=program or flow.name)
+        return code if words is not None else leave_at_once(code)
 
     def call(*args: Any, **kwargs: Any) -> None:
         if later := flow.fn.__globals__.get("IMPORTED_LATER"):

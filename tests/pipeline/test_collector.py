@@ -68,3 +68,23 @@ sys.exit(3)
         done = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=False)
         assert done.returncode == 3, done.stderr
         assert done.stdout.split() == printed
+
+
+def test_a_process_that_leaves_at_once_does_what_was_registered_and_keeps_its_exit_code() -> None:
+    """Whatever a thread does meanwhile."""
+    code = """
+import atexit, threading, time
+from pipeline.collector import leave_at_once
+
+class Held:
+    def __del__(self):
+        print("taken apart")
+
+held = Held()
+atexit.register(print, "registered")
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("said", end=" ")
+leave_at_once(7)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (7, "said registered\n", "")
