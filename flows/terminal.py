@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from data_schemas.errors import StoppedByFirst, TidemarkError
 from flows.early_server import server_starting
-from pipeline.collector import end_quickly, leave_at_once, nothing_collected
+from pipeline.collector import end_quickly, nothing_collected, run_and_leave
 
 if TYPE_CHECKING:
     from prefect import Flow  # takes a second to import, and commands that are no flow do without
@@ -28,15 +28,17 @@ def run_flow(flow: "Flow[..., Any]", words: Sequence[str] | None = None, *, prog
     """Call `flow` with the parameters in `words` (None: the command line); print one line for an error of ours.
 
     The module that the flow's file names as `IMPORTED_LATER` is imported while Prefect's temporary server starts. Among
-    processes that torchrun has started only the first is a flow run; the others call the same function, and end here.
+    processes that torchrun has started only the first is a flow run; the others call the same function, and end here if
+    `words` is None.
 
     Returns:
         The exit code: 0, or that of an error that a user can act on: 1, or 75 where another process holds the model. Any
         other exception passes through.
     """
     if not leads():
-        code = run_command(flow.fn, flow.fn, words, name=program or flow.name)
-        return code if words is not None else leave_at_once(code)
+        if words is None:
+            run_and_leave(lambda: run_command(flow.fn, flow.fn, name=program or flow.name))
+        return run_command(flow.fn, flow.fn, words, name=program or flow.name)
 
     def call(*args: Any, **kwargs: Any) -> None:
         if later := flow.fn.__globals__.get("IMPORTED_LATER"):

@@ -42,7 +42,7 @@ class WideWeights(nn.Module):
             tables: each with one lookup.
             learning_rate: can be set anew between steps.
             beta: above 0.
-            weighted: False: every key has one id a row, of weight 1, and lookups do not look.
+            weighted: False: every key has one id a row or none, of weight 1, and lookups pass weights by.
         """
         super().__init__()
         assert all(len(table.lookups) == 1 for table in tables)
@@ -117,7 +117,7 @@ class _LookedUp(torch.autograd.Function):
     def forward(context: Any, anchor: torch.Tensor, wide: WideWeights, ids: KeyedJaggedTensor) -> torch.Tensor:
         places_V, weights_V = wide.places(ids), ids.weights_or_none() if wide.weighted else None
         state_V2: torch.Tensor | None = None
-        lists = wide.weighted and _are_lists(ids.lengths(), len(places_V))
+        lists = len(places_V) != len(ids.keys()) * ids.stride() or (wide.weighted and _some_have_none(ids.lengths()))
         if lists:
             pooled = embedding_bag(
                 places_V,
@@ -144,11 +144,11 @@ class _LookedUp(torch.autograd.Function):
             gradient_V = gradient_V * context.weights_V
         wide: WideWeights = context.wide
         is_as_it_was = wide.state_R2._version == context.version  # counts what is changed in place, through views too
-        wide.step(context.places_V, gradient_V, context.state_V2 if is_as_it_was else None)
-        context.state_V2 = None  # overwritten
+        state_V2, context.state_V2 = context.state_V2, None  # it is overwritten
+        wide.step(context.places_V, gradient_V, state_V2 if is_as_it_was else None)
         return None, None, None
 
 
-def _are_lists(lengths: torch.Tensor, count: int) -> bool:
-    """Whether not every bag has exactly one id."""
-    return len(lengths) != count or (count > 0 and int(lengths.min()) != 1)
+def _some_have_none(lengths: torch.Tensor) -> bool:
+    """Whether some bag has no id; where there are as many ids as bags, others have several then."""
+    return len(lengths) > 0 and int(lengths.min()) == 0

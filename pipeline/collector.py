@@ -8,7 +8,8 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -34,13 +35,21 @@ def end_quickly() -> None:
     atexit.register(gc.freeze)
 
 
-def leave_at_once(code: int) -> NoReturn:
-    """Ends the process with what was registered for its end, but without taking the interpreter apart.
+def run_and_leave(work: Callable[[], int]) -> NoReturn:
+    """Calls `work`, and ends the process with the exit code that it returns, or 1 and a traceback where it raised.
 
-    A thread of torch.distributed that lets go of a tensor while Python is being taken apart is unwound by Python, for which C++
-    aborts the process, whatever it has done ("terminate called without an active exception").
+    Functions of `atexit` are called, but the interpreter is not taken apart, and threads are not waited for. A thread of
+    torch.distributed that lets go of a tensor while Python is being taken apart is unwound by Python, for which C++ aborts the
+    process, whatever it has done ("terminate called without an active exception").
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    code = 1
+    try:
+        code = work()
+    except BaseException:  # noqa: BLE001 - told, and the process ends
+        traceback.print_exc()
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

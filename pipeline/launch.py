@@ -26,7 +26,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 
 from data_schemas.errors import ConfigError, GroupFailed, TidemarkError
-from pipeline.collector import leave_at_once
+from pipeline.collector import run_and_leave
 from pipeline.config import ProcessesConfig
 from pipeline.training.processes import Patience, Store, is_lost, joined
 
@@ -261,4 +261,4 @@ def _main(work: str, folder: Path, arguments: Mapping[str, Any], patience: Patie
 
 
 if __name__ == "__main__":
-    leave_at_once(_main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Patience(**json.loads(sys.argv[4]))))
+    run_and_leave(lambda: _main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), Patience(**json.loads(sys.argv[4]))))

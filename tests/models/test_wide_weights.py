@@ -134,7 +134,8 @@ def test_keys_in_another_order_are_refused() -> None:
         _wide()(ids)
 
 
-def test_weights_of_ones_may_be_passed_by() -> None:
+def test_weights_of_ones_may_be_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide_weights, "SPARSE_SHARE", float("inf"))
     found = []
     for weighted in (True, False):
         rng = np.random.default_rng(8)
@@ -151,8 +152,12 @@ def test_weights_of_ones_may_be_passed_by() -> None:
 
 
 @pytest.mark.parametrize("longest", [1, 3])
-def test_what_changes_between_a_lookup_and_its_step_is_stepped_as_it_then_is(longest: int) -> None:
-    """Two lookups before the step of either; and rows that start anew in between."""
+@pytest.mark.parametrize("share", [0.0, float("inf")])
+def test_what_changes_between_a_lookup_and_its_step_is_stepped_as_it_then_is(
+    longest: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lookups of some of the same ids before the step of either; and rows that start anew in between."""
+    monkeypatch.setattr(wide_weights, "SPARSE_SHARE", share)
     rng = np.random.default_rng(4)
     first, second = _ids(rng, 12, longest=longest), _ids(rng, 12, longest=longest)
     gradient_BK = torch.from_numpy(rng.normal(size=(12, 3)).astype(np.float32))
@@ -189,6 +194,24 @@ def test_a_step_that_fails_leaves_no_gradients_to_the_next(monkeypatch: pytest.M
     for wide in (failing, expected):
         _step(wide, ids, gradient_BK)
     assert all(torch.equal(tensor, _state(expected)[name]) for name, tensor in _state(failing).items())
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_keys_may_have_ids_for_some_rows_only(weighted: bool) -> None:
+    """As where gradients are given row by row: each table has as many rows of the batch as it has gradients."""
+    wide = WideWeights(TABLES, learning_rate=RATE, beta=0.0, weighted=weighted)
+    ids = KeyedJaggedTensor(
+        keys=list(ROWS),
+        values=torch.tensor([4, 9, 0]),
+        weights=torch.ones(3),
+        lengths=torch.tensor([1, 1, 0, 0, 1, 0], dtype=torch.int32),
+        stride=2,
+    )
+    gradient_BK = torch.tensor([[1.0, 7.0, -1.0], [1.0, 7.0, 7.0]])
+    assert torch.equal(_step(wide, ids, gradient_BK), torch.zeros(2, 3))
+    with torch.no_grad():
+        values_BK = wide(ids).values()
+    torch.testing.assert_close(values_BK, torch.tensor([[-RATE, 0.0, RATE], [-RATE, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("size", [0, 3])

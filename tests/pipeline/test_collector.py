@@ -70,11 +70,12 @@ sys.exit(3)
         assert done.stdout.split() == printed
 
 
-def test_a_process_that_leaves_at_once_does_what_was_registered_and_keeps_its_exit_code() -> None:
+@pytest.mark.parametrize(("work", "code", "told"), [("lambda: 7", 7, ""), ("lambda: {}['lost']", 1, "KeyError: 'lost'")])
+def test_a_process_that_leaves_does_what_was_registered_and_keeps_its_exit_code(work: str, code: int, told: str) -> None:
     """Whatever a thread does meanwhile."""
-    code = """
+    text = f"""
 import atexit, threading, time
-from pipeline.collector import leave_at_once
+from pipeline.collector import run_and_leave
 
 class Held:
     def __del__(self):
@@ -84,7 +85,8 @@ held = Held()
 atexit.register(print, "registered")
 threading.Thread(target=time.sleep, args=(60,)).start()
 print("said", end=" ")
-leave_at_once(7)
+run_and_leave({work})
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (7, "said registered\n", "")
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout) == (code, "said registered\n")
+    assert ended.stderr.strip().endswith(told)

@@ -164,6 +164,22 @@ def test_a_bound_that_never_binds_changes_nothing(
         torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
 
 
+def test_a_bound_that_never_binds_changes_nothing_where_every_row_has_one_id_of_each_feature(
+    small_spec: DatasetSpec, small_examples: MakeExamples
+) -> None:
+    """Lookups then pass the weights of ids by; but tables have different numbers of distinct rows to step."""
+    singles = tuple(feature for feature in small_spec.categorical if not feature.many)
+    spec = small_spec.model_copy(update={"categorical": singles})
+    assert not table_layout(spec).weighted
+    window = encode(small_examples(400), spec, Memory(spec), None, hour=0)
+    fused, by_row = _learner(spec), _learner(spec, cowclip=True, cowclip_least=1e9)
+    _pass(fused, window)
+    _pass(by_row, window)
+    others = _tables(by_row)
+    for name, tensor in _tables(fused).items():
+        torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
+
+
 def test_an_id_seen_more_often_may_have_a_longer_gradient() -> None:
     gradient_UD, weight_UD = torch.full((3, 2), 5.0), torch.ones(3, 2)
     clipped_UD, count = clip_by_count(gradient_UD, weight_UD, torch.tensor([1.0, 2.0, 100.0]), ratio=1.0, least=0.0)
