@@ -426,13 +426,13 @@ class Chunk:
         carrier_C, plain = self.batch.history_row_B, layout.plain_width
         if carrier_C is None:
             return _filled([(rows, deep_mS) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS), wide_CW
-        deep_CS = torch.zeros_like(self.pooled.deep_BS)
-        of_history_CH = deep_CS.new_zeros(len(deep_CS), deep_CS.shape[1] - plain)
+        plain_CP = _filled(
+            [(rows, deep_mS[:, :plain]) for rows, deep_mS, _ in self._kept], self.pooled.deep_BS.detach()[:, :plain]
+        )
+        of_history_CH = self.pooled.deep_BS.new_zeros(len(carrier_C), self.pooled.deep_BS.shape[1] - plain)
         for rows, deep_mS, _ in self._kept:
-            deep_CS[rows, :plain] = deep_mS[:, :plain]
             of_history_CH.index_add_(0, carrier_C[rows], deep_mS[:, plain:])
-        deep_CS[:, plain:] = of_history_CH
-        return deep_CS, wide_CW
+        return torch.cat([plain_CP, of_history_CH], dim=1), wide_CW
 
     def lookups(self, layout: TableLayout) -> tuple[Lookups, Lookups]:
         """What was looked up, with the gradients gathered for it."""
