@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from data_schemas.errors import StoppedByFirst, TidemarkError
 from flows.early_server import server_starting
-from pipeline.collector import end_quickly, nothing_collected, run_and_leave
+from pipeline.collector import end_quickly, nothing_collected
+from pipeline.leaving import run_and_leave
 
 if TYPE_CHECKING:
     from prefect import Flow  # takes a second to import, and commands that are no flow do without

@@ -154,10 +154,11 @@ class EmbeddingTables(nn.Module):
 
     def forward(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> Pooled:
         """Looks every id up once. Backward through the result steps the tables at once: call it once a step."""
+        vector = self.wide_vector
         if torch.is_grad_enabled():
-            self._note_changed(deep, wide)
+            self._note_changed(deep, wide, vector)
         wide_BW = in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)
-        if self.wide_vector is None:
+        if vector is None:
             wide_BW = wide_BW[:, ::WIDE_DIM]
             if wide_BW.requires_grad:  # the columns between stay without a gradient
                 wide_BW.register_hook(lambda gradient_BW: gradient_BW * WIDE_GRADIENT_FACTOR)
@@ -291,12 +292,12 @@ class EmbeddingTables(nn.Module):
                 filling.take(piece)
         filling.require_whole()
 
-    def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> None:
+    def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor, vector: WideWeights | None) -> None:
         """Rows that a backward pass will step. A feature's embeddings and wide weights are mostly looked up alike."""
         alike = wide.values().data_ptr() == deep.values().data_ptr() and wide.keys() == deep.keys()
         by_table = [] if alike else [deep]
-        if self.wide_vector is not None:
-            self._vector_marks.index_fill_(0, self.wide_vector.places(wide), True)
+        if vector is not None:
+            self._vector_marks.index_fill_(0, vector.places(wide), True)
         else:
             by_table.append(wide)
         for ids in by_table:

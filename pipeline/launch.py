@@ -26,8 +26,8 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports it
 
 from data_schemas.errors import ConfigError, GroupFailed, TidemarkError
-from pipeline.collector import run_and_leave
 from pipeline.config import ProcessesConfig
+from pipeline.leaving import run_and_leave
 from pipeline.training.processes import Patience, Store, is_lost, joined
 
 log = logging.getLogger(__name__)
