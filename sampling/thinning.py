@@ -125,7 +125,7 @@ def effective_rows(factor_R: F32) -> float:
     2.667
     """
     total = float(np.sum(factor_R, dtype=np.float64))
-    return total**2 / float(np.dot(factor_R, factor_R)) if total > 0 else 0.0
+    return total**2 / float(np.square(factor_R, dtype=np.float64).sum()) if total > 0 else 0.0
 
 
 def _fixed(

@@ -1,5 +1,9 @@
 """The figures against scikit-learn, brute force, closed forms, and properties that hold for every input."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -230,3 +234,21 @@ def test_the_order_of_rows_does_not_matter(rows: tuple, random) -> None:
     rows = (*rows[:3], np.clip(rows[3], 0.25, 4.0))  # sums of these are exact in any order
     shuffled = measure(*(column[order] for column in rows)).as_dict()
     assert shuffled == pytest.approx(measure(*rows).as_dict(), rel=1e-6, abs=1e-9)
+
+
+def test_measuring_a_window_leaves_no_thread_spinning() -> None:
+    """Of BLAS, for a tenth of a second after each product of 10,000 numbers."""
+    script = """
+import time
+import numpy as np
+from pipeline.evaluation.metrics import measure
+rng = np.random.default_rng(0)
+measure(np.arange(40_000) % 5 == 0, rng.random(40_000), rng.integers(1, 4_000, 40_000), rng.random(40_000))
+of_all, of_this, until = time.process_time(), time.thread_time(), time.perf_counter() + 0.2
+while time.perf_counter() < until:
+    pass
+print(time.process_time() - of_all - (time.thread_time() - of_this))
+"""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert float(told.stdout) < 0.03
