@@ -25,6 +25,9 @@ FLOOR_SHARE = 9
 TABLES_SHARE = 0.5
 """Of what a row teaches, what it teaches table rows. Batches of 16 and 32 times the reference learn from the same rows what a
 half to two thirds as many would teach one by one (docs/budget.md), where the dense noise scale alone says a third and less."""
+TYPICAL_NOISE_SCALE = 1000.0
+"""What the dense noise scale is taken for, as far as its measurements allow: batches of 128 to 4,096 lose on both data sets of
+docs/budget.md about what this and `TABLES_SHARE` say."""
 PLANNED_SHARE = 0.97
 """Of the seconds left, so that a small disturbance does not leave rows unreached."""
 CALM_SHARE = 0.85
@@ -35,6 +38,8 @@ WORTH_CHANGING = 0.1
 """A batch that could be smaller by less than this share stays as it is."""
 PROBED_APART = 4
 """Of the two sizes by which costs are first measured, the larger is so many times the smaller, where bounds allow."""
+COMPARABLE_SHARE = 0.5
+"""Of the rows that are looked up together: over fewer, steps cost more than others of their size do."""
 LEAST_KEEP_RATE = 1e-4
 NEAR = 1.1
 """Batches are split evenly, so that a step has somewhat fewer rows than planned: this much longer it takes at most."""
@@ -212,14 +217,14 @@ def best_size(
     `b_deadline = R*f / (T - R*d)` is the smallest batch that still sees all rows. Up to `b*` there is time enough: the smallest
     that still gains is taken. Above the reference batch it goes only as far as the rows need: more would save time that nobody
     asks for, at a rate that nobody tuned. Beyond `b*` time is short: `goodput` takes `b*` and leaves rows out, `deadline` takes
-    `b_deadline` and leaves rows out only where the largest batch is not enough.
+    `b_deadline`, and only where the largest batch is not enough for all rows does as `goodput`.
 
     Args:
         remaining: R, at least 1.
         seconds_left: T; infinite without a deadline.
         noise_scale: N, above 0.
-        at_least: what N is surely; as long as time is plentiful, it is taken for N where that is larger, since a batch that is
-            too small costs mostly time.
+        at_least: what N is surely; as long as time is plentiful, it is taken for N, since a batch that is too small costs
+            mostly time.
         smallest: batch.
         reference: batch, for which the rates were set.
         largest: batch.
@@ -237,17 +242,18 @@ def best_size(
     needed, calm = sees_all(seconds_left), sees_all(CALM_SHARE * seconds_left)
     best = max(quickest_batch(noise_scale, step_time), smallest)
     if needed <= min(best, largest):
-        surely = min(at_least, noise_scale)
-        size = allowed(max(needed, min(calm, best), min(surely / FLOOR_SHARE, reference), smallest))
+        size = allowed(max(needed, min(calm, best), min(at_least / FLOOR_SHARE, reference), smallest))
         return Size(
             batch_size=size, reason=f"time for all {remaining:,} rows; the smallest batch that still gains", all_rows=True
         )
-    if how == "goodput":
-        size = allowed(best)
-        why = f"short of time; {size:,} gains most a second"
-    else:
+    if how == "deadline" and needed <= largest:
         size = allowed(needed)
-        why = f"short of time; {size:,} " + ("sees all rows" if needed <= largest else "is the largest batch")
+        why = f"short of time; {size:,} sees all rows"
+    else:
+        above = allowed(best)
+        below = allowed(above - micro_batch if above > micro_batch else above / 2)
+        size = max(above, below, key=lambda rows: rows * worth(rows, noise_scale) / step_time.seconds(rows))
+        why = f"short of time; {size:,} gains most a second"
     affordable = max(seconds_left, 0.0) * size / (f + d * size)
     keep_rate = min(max(affordable / remaining, LEAST_KEEP_RATE), 1.0)
     if keep_rate < 1:
@@ -267,6 +273,8 @@ class PlannedSize:
     fit: StepTimeFit
     noise: NoiseScale
     """As measured so far, and on."""
+    chunk_rows: int = 0
+    """Looked up together at least, but for the last ones of a window."""
     _current: Size | None = None
     _planned_at: int = 0
     _chunks: int = 0
@@ -287,10 +295,11 @@ class PlannedSize:
         return self._current
 
     def observe(self, *, steps: int, rows: int, seconds: float) -> None:
-        """For the next plan. The first steps warm caches up, and do not count."""
+        """For the next plan. The first steps warm caches up, and do not count; those of the rest of a window bear alone what it
+        costs to look ids up together and to step their rows."""
         self._chunks += 1
         if self._chunks > 1:
-            self.fit.add(steps=steps, rows=rows, seconds=seconds)
+            self.fit.add(steps=steps, rows=rows, seconds=seconds, comparable=rows >= COMPARABLE_SHARE * self.chunk_rows)
 
     def _unmeasured(self, remaining: int, seconds_left: float) -> Size:
         """While the cost of a step and that of a row cannot be told apart: where there is time enough even if rows cost
@@ -324,16 +333,15 @@ class PlannedSize:
 
     def _plan(self, remaining: int, seconds_left: float, line: StepTime) -> Size:
         step_time = line.slower(self.fit.pace_over(seconds_left))
-        noise_scale = FLOOR_SHARE * self.reference if self.noise.last is None else self.noise.last
         at_least = self.noise.at_least
         if at_least is None:
-            at_least = 0.0 if self.noise.measurable else noise_scale
+            at_least = 0.0 if self.noise.measurable else FLOOR_SHARE * self.reference
         return best_size(
             self.how,
             remaining=remaining,
             seconds_left=PLANNED_SHARE * (seconds_left - step_time.seconds(self.smallest)),
             step_time=step_time,
-            noise_scale=noise_scale,
+            noise_scale=self.noise.believed(TYPICAL_NOISE_SCALE),
             at_least=at_least,
             smallest=self.smallest,
             reference=self.reference,
@@ -431,5 +439,6 @@ def batch_policy(
                 micro_batch=micro,
                 fit=fit or StepTimeFit(),
                 noise=noise,
+                chunk_rows=training.sparse_step_rows,
             )
     return Planned(sizes=chosen, rates=Rates.of(training), noise=noise, rewarm_steps=training.rewarm_steps)

@@ -111,6 +111,18 @@ class NoiseScale:
             self.at_least = self._lower_limit()
 
     @property
+    def at_most(self) -> float:
+        """N is this or less with 84 % probability; infinite where |G|^2 is not surely above zero."""
+        if self.measurements < 2 or (parts := self._quadratic()) is None:
+            return math.inf
+        a, b, c = parts
+        return (b + math.sqrt(max(b**2 - a * c, 0.0))) / a if a > 0 and b > 0 and self.signal_sum > 0 else math.inf
+
+    def believed(self, expected: float) -> float:
+        """What was expected of N, as far as the measurements allow it."""
+        return min(max(expected, self.at_least or 0.0), self.at_most)
+
+    @property
     def averages(self) -> Spread:
         """De-biased; at least one measurement is needed."""
         assert self.measurements
@@ -118,27 +130,31 @@ class NoiseScale:
         return Spread(noise=self.noise_sum / correction, signal=self.signal_sum / correction)
 
     def _lower_limit(self) -> float | None:
-        """The smallest positive root of `a N^2 - 2 b N + c = 0`, where `s - N g` is its standard error.
+        """The smallest positive root; 0 while a single measurement has told nothing of the errors."""
+        if self.measurements < 2 or (parts := self._quadratic()) is None:
+            return 0.0
+        a, b, c = parts
+        if c <= 0:
+            return 0.0
+        divisor = b + math.sqrt(max(b**2 - a * c, 0.0))
+        return c / divisor if divisor > 0 else self.last
+
+    def _quadratic(self) -> tuple[float, float, float] | None:
+        """a, b and c of `a N^2 - 2 b N + c = 0`, at whose roots `s - N g` is its standard error; None while that is not known.
 
         Of averages s and g with squared standard errors v_s and v_g, and v_sg of both, `a = g^2 - v_g`, `b = s g - v_sg` and
         `c = s^2 - v_s`.
-
-        0 while a single measurement has told nothing of the errors.
         """
         left = self.decay**self.measurements
         squared_weights = (1 - self.decay) / (1 + self.decay) * (1 + left) / (1 - left)
-        if self.measurements < 2 or squared_weights >= 1:
-            return 0.0
+        if squared_weights >= 1:
+            return None
         share = squared_weights / (1 - squared_weights)
         s, g = self.averages.noise, self.averages.signal
         v_s = max(share * (self.noise_squares_sum / (1 - left) - s**2), 0.0)
         v_g = max(share * (self.signal_squares_sum / (1 - left) - g**2), 0.0)
         v_sg = share * (self.products_sum / (1 - left) - s * g)
-        a, b, c = g**2 - v_g, s * g - v_sg, s**2 - v_s
-        if c <= 0:
-            return 0.0
-        divisor = b + math.sqrt(max(b**2 - a * c, 0.0))
-        return c / divisor if divisor > 0 else self.last
+        return g**2 - v_g, s * g - v_sg, s**2 - v_s
 
     def state(self) -> list[float]:
         """To continue from, bit for bit."""

@@ -6,6 +6,7 @@ Enters: settings and what a pass did. Leaves: notes of the report.
 from collections.abc import Iterator
 
 from pipeline.config import TrainingConfig
+from pipeline.training.batch_size import TYPICAL_NOISE_SCALE
 from pipeline.training.learn import Learned
 from pipeline.training.learner import Learner
 
@@ -40,6 +41,6 @@ def _without_noise_scale(training: TrainingConfig, learner: Learner) -> str:
     if "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling):
         said.append("rates are those of the reference batch")
     if training.batch_policy in ("deadline", "goodput"):
-        where = " where time was short, and the smallest batch where it sufficed" if learner.noise_scale.measurable else ""
-        said.append(f"nine times the reference batch was taken for it{where}")
+        calm = "the smallest batch" if learner.noise_scale.measurable else "the reference batch at least"
+        said.append(f"{TYPICAL_NOISE_SCALE:,.0f} rows were taken for it where time was short, and {calm} where it sufficed")
     return "; ".join(said)

@@ -103,14 +103,22 @@ class StepTimeFit:
     _took_in_all: float = PACE_MEMORY
     _expected_in_all: float = PACE_MEMORY
 
-    def add(self, *, steps: int, rows: int, seconds: float) -> None:
-        """Counts in `steps` steps over `rows` rows altogether, which took `seconds`."""
+    def add(self, *, steps: int, rows: int, seconds: float, comparable: bool = True) -> None:
+        """Counts in `steps` steps over `rows` rows altogether, which took `seconds`.
+
+        Args:
+            steps: 0 is nothing.
+            rows: 0 is nothing.
+            seconds: 0 is nothing.
+            comparable: they bore as much of what steps share as others do; else they do not tell f from d, as long as
+                others do.
+        """
         if steps < 1 or rows < 1 or seconds <= 0:
             return
         size = rows / steps
         self._now += seconds
         self._latest.add(size, seconds / steps, took=seconds)
-        if not self._stalls(round(size), seconds / steps):
+        if (comparable or not self.known) and not self._stalls(round(size), seconds / steps):
             if not self._met_lately(round(size)):
                 self._by_size[round(size)], self._steps_of[round(size)] = _Spread(KEPT_A_SIZE), 0
             self._by_size[round(size)].add(size, seconds / steps, took=seconds)

@@ -1,7 +1,6 @@
 """Policies: the plan of the design, whole micro-batches, and the same contract for each."""
 
 from itertools import pairwise
-from math import inf
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from data_schemas.errors import ConfigError
 from pipeline.config import TrainingConfig, load_config
 from pipeline.training.batch_size import BatchPolicy, Decision, Size, batch_policy, best_size, quickest_batch, whole, worth
 from pipeline.training.budget import Deadline, earlier_step_time, refuse_too_small, reserve_seconds
-from pipeline.training.noise_scale import NoiseScale
+from pipeline.training.noise_scale import NoiseScale, Spread
 from pipeline.training.step_time import StepTime, StepTimeFit
 
 TIME = StepTime(fixed_seconds=0.002, row_seconds=1 / 60_000)
@@ -24,7 +23,7 @@ def _known(noise_scale: float) -> NoiseScale:
 
 
 def _size(how: Any = "goodput", **changed: Any) -> Size:
-    given = {"remaining": 1_000_000, "seconds_left": 100.0, "step_time": TIME, "noise_scale": 3000.0, "at_least": inf}
+    given = {"remaining": 1_000_000, "seconds_left": 100.0, "step_time": TIME, "noise_scale": 3000.0, "at_least": 3000.0}
     bounds = {"smallest": 64, "reference": 512, "largest": 16_384, "micro_batch": 64}
     return best_size(how, **{**given, **bounds, **changed})
 
@@ -32,18 +31,17 @@ def _size(how: Any = "goodput", **changed: Any) -> Size:
 def test_time_enough_takes_the_smallest_batch_that_still_gains() -> None:
     assert _size(seconds_left=100.0) == _size("deadline", seconds_left=100.0)
     assert _size(seconds_left=100.0).batch_size == whole(3000 / 9, 64)
-    assert _size(seconds_left=1e9, noise_scale=90.0).batch_size == 64
+    assert _size(seconds_left=1e9, at_least=90.0).batch_size == 64
 
 
 def test_with_time_enough_no_noise_scale_asks_for_more_than_the_reference() -> None:
-    assert _size(seconds_left=1e9, noise_scale=1e6).batch_size == 512
+    assert _size(seconds_left=1e9, noise_scale=1e6, at_least=1e6).batch_size == 512
     calm = whole(1_000_000 * 0.002 / (0.85 * 22 - 1_000_000 / 60_000), 64)
-    assert _size(seconds_left=22.0, noise_scale=1e6).batch_size == calm > 512
+    assert _size(seconds_left=22.0, noise_scale=1e6, at_least=1e6).batch_size == calm > 512
 
 
 def test_only_where_time_is_plentiful_the_noise_scale_counts_as_what_it_surely_is() -> None:
     assert _size(seconds_left=1e9, at_least=9 * 128.0).batch_size == 128
-    assert _size(seconds_left=1e9, at_least=1e9) == _size(seconds_left=1e9)
     assert _size(remaining=5_900_000, at_least=9 * 128.0) == _size(remaining=5_900_000)
 
 
@@ -72,10 +70,22 @@ def test_where_steps_cost_most_of_the_time_the_quickest_batch_has_no_bound() -> 
     assert quickest_batch(100.0, TIME) == float("inf")
 
 
-def test_deadline_leaves_rows_out_only_beyond_the_largest_batch() -> None:
-    size = _size("deadline", remaining=12_000_000)
-    assert size.batch_size == 16_384
-    assert size.keep_rate * 12_000_000 == pytest.approx(100 * 16_384 / TIME.seconds(16_384))
+def test_deadline_leaves_rows_out_only_where_the_largest_batch_is_not_enough_and_then_does_as_goodput() -> None:
+    enough, short = _size("deadline", remaining=5_950_000), _size("deadline", remaining=12_000_000)
+    assert (enough.keep_rate, enough.batch_size) == (1, whole(5_950_000 * 0.002 / (100 - 5_950_000 / 60_000), 64))
+    assert short == _size("goodput", remaining=12_000_000)
+    assert short.keep_rate * 12_000_000 == pytest.approx(100 * short.batch_size / TIME.seconds(short.batch_size))
+
+
+@pytest.mark.parametrize("micro", [64, 1024])
+@pytest.mark.parametrize("noise_scale", [300.0, 1000.0, 30_000.0])
+def test_in_overload_no_other_batch_that_is_allowed_gains_more_a_second(micro: int, noise_scale: float) -> None:
+    def gain(rows: int) -> float:
+        return rows * worth(rows, noise_scale) / TIME.seconds(rows)
+
+    allowed = [64, 128, 256, 512, *range(micro, 16_385, micro)]
+    chosen = _size(remaining=12_000_000, noise_scale=noise_scale, micro_batch=micro).batch_size
+    assert gain(chosen) == max(gain(rows) for rows in allowed)
 
 
 @given(
@@ -134,6 +144,43 @@ def test_while_nothing_is_measured_the_smallest_batch_is_taken_unless_it_never_w
     )
     policy = batch_policy(training, fit=StepTimeFit(prior=TIME), noise=NoiseScale(measurable=measurable))
     assert {decision.batch_size for decision in _decisions(policy, 100_000, 1e6)} == {size}
+
+
+def test_a_noise_scale_of_a_few_measurements_leaves_the_batch_of_overload_as_it_is() -> None:
+    """One that is too small makes the largest batch look best, since tables learn as much in any."""
+    unsure = NoiseScale()
+    for signal in (300.0, -400.0, 250.0):
+        unsure.add(Spread(noise=3000.0, signal=signal))
+    assert unsure.last is not None
+    assert unsure.last < 100
+    training = TrainingConfig(batch_policy="goodput", micro_batch_size=64, min_batch_size=64, max_batch_size=16_384)
+    sizes = {
+        _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise=noise), 3_000_000, 10.0)[0].batch_size
+        for noise in (NoiseScale(), unsure)
+    }
+    assert len(sizes) == 1
+    assert sizes.pop() == pytest.approx(quickest_batch(1000.0, TIME), abs=64)
+
+
+def test_steps_over_the_rest_of_a_window_do_not_tell_a_step_from_its_rows() -> None:
+    """They bear alone what others share: here a hundredth of a second for whatever is looked up together."""
+    fit = StepTimeFit(prior=TIME)
+    policy = batch_policy(TrainingConfig(batch_policy="goodput", sparse_step_rows=8192), fit=fit)
+    for _ in range(40):
+        policy.observe(steps=8, rows=8192, seconds=8 * TIME.seconds(1024) + 0.01)
+        policy.observe(steps=4, rows=2048, seconds=4 * TIME.seconds(512) + 0.01)
+    assert fit.line.fixed_seconds / fit.line.row_seconds == pytest.approx(TIME.fixed_seconds / TIME.row_seconds)
+    assert fit.line.seconds(1024) == pytest.approx(TIME.seconds(1024) + 0.01 / 8, rel=0.1)
+
+
+def test_where_nothing_else_was_measured_the_rest_of_a_window_tells() -> None:
+    fit = StepTimeFit()
+    policy = batch_policy(TrainingConfig(batch_policy="goodput", sparse_step_rows=8192), fit=fit)
+    policy.observe(steps=1, rows=8192, seconds=1.0)
+    for size in (256, 1024, 256, 1024):
+        policy.observe(steps=2, rows=2 * size, seconds=2 * TIME.seconds(size))
+    assert fit.known
+    assert fit.line.fixed_seconds == pytest.approx(TIME.fixed_seconds)
 
 
 def _decisions(policy: BatchPolicy, rows: int, seconds: float, slower: float = 1.0) -> list[Decision]:

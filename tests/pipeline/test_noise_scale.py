@@ -31,19 +31,37 @@ def test_the_noise_scale_is_within_5_percent_also_across_batch_changes(sizes: li
     assert scale.last == pytest.approx(NOISE / SIGNAL, rel=0.05)
 
 
-def test_what_it_surely_is_holds_at_the_rate_of_one_standard_error_and_comes_close_with_measurements() -> None:
-    """A mean is at most one standard error too low in 84 of 100 cases."""
-    rng, surely, close = np.random.default_rng(4), [], []
+def test_limits_hold_at_the_rate_of_one_standard_error_and_come_close_with_measurements() -> None:
+    """A mean is at most one standard error too low in 84 of 100 cases, and too high in as many."""
+    rng, few, many = np.random.default_rng(4), [], []
     for _ in range(400):
         scale = NoiseScale(decay=0.95)
         for number in range(120):
             scale.add(_spread(rng, [64] * 2))
             if number in (9, 119) and scale.at_least is not None:
-                (surely if number == 9 else close).append(scale.at_least)
-    assert len(surely) >= 350
-    assert np.mean(np.array(surely) <= NOISE / SIGNAL) == pytest.approx(0.84, abs=0.06)
-    assert np.mean(np.array(close) <= NOISE / SIGNAL) == pytest.approx(0.84, abs=0.06)
-    assert np.median(surely) < np.median(close) < NOISE / SIGNAL
+                (few if number == 9 else many).append((scale.at_least, scale.at_most))
+    assert len(few) >= 350
+    for limits in (few, many):
+        lower, upper = np.array(limits).T
+        assert np.mean(lower <= NOISE / SIGNAL) == pytest.approx(0.84, abs=0.06)
+        assert np.mean(upper >= NOISE / SIGNAL) == pytest.approx(0.84, abs=0.06)
+    (wide_low, wide_high), (near_low, near_high) = np.median(few, axis=0), np.median(many, axis=0)
+    assert wide_low < near_low < NOISE / SIGNAL < near_high < wide_high
+
+
+def test_what_is_expected_counts_as_far_as_the_measurements_allow_it() -> None:
+    rng, scale = np.random.default_rng(6), NoiseScale()
+    assert scale.believed(1000.0) == 1000.0
+    for _ in range(100):
+        scale.add(_spread(rng, [64] * 4))
+    assert scale.at_least is not None
+    assert 0 < scale.at_least < scale.at_most < np.inf
+    assert [scale.believed(rows) for rows in (0.1, 1e9)] == [scale.at_least, scale.at_most]
+    within = (scale.at_least + scale.at_most) / 2
+    assert scale.believed(within) == within
+    for _ in range(40):
+        scale.add(Spread(noise=NOISE, signal=-SIGNAL))
+    assert scale.at_most == np.inf
 
 
 def test_a_measurement_without_signal_makes_the_scale_no_larger_than_it_surely_is() -> None:

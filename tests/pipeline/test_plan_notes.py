@@ -61,10 +61,10 @@ def test_a_noise_scale_that_is_not_known_or_was_kept_is_said() -> None:
     (unknown,) = notes(batch_policy="goodput")
     assert unknown.endswith("taken for it where time was short, and the smallest batch where it sufficed")
     (both,) = notes(batch_policy="goodput", learning_rate_scaling="noise_scale")
-    assert "rates are those of the reference batch; nine times" in both
+    assert "rates are those of the reference batch; 1,000 rows were taken" in both
     (never,) = notes(batch_policy="goodput", noise=NoiseScale(measurable=False))
     assert "not measured in fp16" in never
-    assert never.endswith("nine times the reference batch was taken for it")
+    assert never.endswith("and the reference batch at least where it sufficed")
     noise = NoiseScale()
     noise.add(Spread(noise=300.0, signal=3.0))
     assert notes(learning_rate_scaling="noise_scale", noise=noise) == []
