@@ -32,7 +32,7 @@ from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.training.batch_size import batch_policy
 from pipeline.training.budget import reserve_seconds
-from pipeline.training.noise_scale import NoiseScale
+from pipeline.training.noise_scale import LEAST_MEASUREMENTS, NoiseScale, Spread
 from pipeline.training.step_time import StepTime, StepTimeFit
 from pipeline.update import run_update
 
@@ -42,7 +42,8 @@ STEP = StepTime(fixed_seconds=0.002, row_seconds=1 / 60_000)
 TAIL_SECONDS = 4.0
 """Work after learning, undisturbed."""
 NOISE_SCALE = 3_000.0
-TRAINING = {"micro_batch_size": 128, "min_batch_size": 128, "max_batch_size": 8192}
+TRAINING = {"micro_batch_size": 128, "min_batch_size": 128, "max_batch_size": 8192, "sparse_step_rows": 0}
+"""Each step stands alone here."""
 WARM_TAILS = 5
 """Hours before the first, whose tails the reserve is learned from."""
 
@@ -145,7 +146,10 @@ def _hour(
     line = BUDGET_SECONDS - reserve
     machine, fit = Machine(np.random.default_rng(seed)), StepTimeFit(prior=prior)
     training = TrainingConfig(batch_policy=how, **TRAINING)  # type: ignore[arg-type]
-    policy = batch_policy(training, fit=fit, noise=NoiseScale(last=NOISE_SCALE, at_least=NOISE_SCALE))
+    noise = NoiseScale()
+    for _ in range(LEAST_MEASUREMENTS):
+        noise.add(Spread(noise=NOISE_SCALE, signal=1.0))
+    policy = batch_policy(training, fit=fit, noise=noise)
     position, learned, step, largest = 0, 0, 0, 1
     while position < rows and machine.now < line:
         decision = policy.decide(step=step, position=position, remaining=rows - position, seconds_left=line - machine.now)

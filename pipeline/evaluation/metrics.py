@@ -323,7 +323,7 @@ def log_odds(
 def _log_loss(rows: _Rows) -> tuple[float, Interval | None]:
     loss_R = log_losses(rows.clicked_R, rows.probabilities_R)
     total, num_rows = rows.weights_R.sum(), len(loss_R)
-    mean = _dot(rows.weights_R, loss_R) / total
+    mean = _dot(rows.weights_R, loss_R) / float(total)
     if num_rows < 2:
         return mean, None
     variance = num_rows / (num_rows - 1) * float(((rows.weights_R * (loss_R - mean)) ** 2).sum()) / total**2
@@ -334,7 +334,7 @@ def _entropy(rows: _Rows) -> float:
     """Of the click rate of the rows: the denominator of normalised entropy (He et al. 2014, equation 1)."""
     clicks, others = rows.weights_R[rows.clicked_R].sum(), rows.weights_R[~rows.clicked_R].sum()
     shares = np.array([clicks, others]) / (clicks + others)
-    return float(-(shares @ np.log(shares)))
+    return -_dot(shares, np.log(shares))
 
 
 def _copc(rows: _Rows) -> tuple[float | None, Interval | None]:

@@ -217,7 +217,8 @@ def best_size(
     `b_deadline = R*f / (T - R*d)` is the smallest batch that still sees all rows. Up to `b*` there is time enough: the smallest
     that still gains is taken. Above the reference batch it goes only as far as the rows need: more would save time that nobody
     asks for, at a rate that nobody tuned. Beyond `b*` time is short: `goodput` takes `b*` and leaves rows out, `deadline` takes
-    `b_deadline`, and only where the largest batch is not enough for all rows does as `goodput`.
+    `b_deadline`, and only where the largest batch is not enough for all rows does as `goodput`. `b*` is here the better of the
+    two allowed sizes beside it.
 
     Args:
         remaining: R, at least 1.
@@ -253,7 +254,7 @@ def best_size(
         above = allowed(best)
         below = allowed(above - micro_batch if above > micro_batch else above / 2)
         size = max(above, below, key=lambda rows: rows * worth(rows, noise_scale) / step_time.seconds(rows))
-        why = f"short of time; {size:,} gains most a second"
+        why = f"short of time; {size:,} gains most a second where the noise scale is {noise_scale:,.0f}"
     affordable = max(seconds_left, 0.0) * size / (f + d * size)
     keep_rate = min(max(affordable / remaining, LEAST_KEEP_RATE), 1.0)
     if keep_rate < 1:
@@ -336,8 +337,9 @@ class PlannedSize:
         at_least = self.noise.at_least
         if at_least is None:
             at_least = 0.0 if self.noise.measurable else FLOOR_SHARE * self.reference
+        left_out = self._current is not None and self._current.keep_rate < 1
         return best_size(
-            self.how,
+            "goodput" if left_out else self.how,
             remaining=remaining,
             seconds_left=PLANNED_SHARE * (seconds_left - step_time.seconds(self.smallest)),
             step_time=step_time,

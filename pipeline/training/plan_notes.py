@@ -22,9 +22,10 @@ def plan_notes(training: TrainingConfig, learned: Learned, learner: Learner, num
         )
     if learner.net.note:
         yield learner.net.note
+    scaled_by_it = "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling)
     if training.measures_noise and learner.noise_scale.last is None:
         yield _without_noise_scale(training, learner)
-    elif training.measures_noise and learner.noise_scale.kept_last:
+    elif scaled_by_it and learner.noise_scale.kept_last:
         yield (
             f"the gradient was too small against its noise in the last {learner.noise_scale.kept_last} measurements; the noise "
             f"scale of {learner.noise_scale.last:,.0f} rows before them was kept"
@@ -41,6 +42,8 @@ def _without_noise_scale(training: TrainingConfig, learner: Learner) -> str:
     if "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling):
         said.append("rates are those of the reference batch")
     if training.batch_policy in ("deadline", "goodput"):
-        calm = "the smallest batch" if learner.noise_scale.measurable else "the reference batch at least"
-        said.append(f"{TYPICAL_NOISE_SCALE:,.0f} rows were taken for it where time was short, and {calm} where it sufficed")
+        calm = "the smallest" if learner.noise_scale.measurable else "no less than the reference"
+        said.append(
+            f"{TYPICAL_NOISE_SCALE:,.0f} rows stood for it where time was short; where it sufficed, {calm} batch was taken"
+        )
     return "; ".join(said)

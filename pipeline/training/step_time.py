@@ -92,6 +92,8 @@ class StepTimeFit:
     _by_size: dict[int, "_Spread"] = field(default_factory=dict)
     _steps_of: dict[int, int] = field(default_factory=dict)
     _met_at: dict[int, float] = field(default_factory=dict)
+    _makeshift: set[int] = field(default_factory=set)
+    """Sizes that were met where steps are not comparable alone: they tell f from d until others do."""
     _now: float = 0.0
     _slow: bool = False
     _told: StepTime | None = None
@@ -111,7 +113,7 @@ class StepTimeFit:
             rows: 0 is nothing.
             seconds: 0 is nothing.
             comparable: they bore as much of what steps share as others do; else they do not tell f from d, as long as
-                others do.
+                others or an earlier update do.
         """
         if steps < 1 or rows < 1 or seconds <= 0:
             return
@@ -119,8 +121,9 @@ class StepTimeFit:
         self._now += seconds
         self._latest.add(size, seconds / steps, took=seconds)
         if (comparable or not self.known) and not self._stalls(round(size), seconds / steps):
-            if not self._met_lately(round(size)):
+            if not self._met_lately(round(size)) or (comparable and round(size) in self._makeshift):
                 self._by_size[round(size)], self._steps_of[round(size)] = _Spread(KEPT_A_SIZE), 0
+            (self._makeshift.discard if comparable else self._makeshift.add)(round(size))
             self._by_size[round(size)].add(size, seconds / steps, took=seconds)
             self._steps_of[round(size)] += steps
             self._met_at[round(size)] = self._now
@@ -206,6 +209,8 @@ class StepTimeFit:
         """Seconds by batch size, of those of which at least two steps were measured; lately, where these or an earlier update
         tell f from d."""
         every = {size: of.low() for size, of in self._by_size.items() if self._steps_of[size] > 1}
+        comparable = {size: low for size, low in every.items() if size not in self._makeshift}
+        every = comparable if _apart(comparable) else every
         lately = {size: low for size, low in every.items() if self._met_lately(size)}
         return lately if self._earlier is not None or _apart(lately) else every
 

@@ -19,7 +19,16 @@ POLICIES = ("fixed", "linear_ramp", "deadline", "goodput")
 
 
 def _known(noise_scale: float) -> NoiseScale:
-    return NoiseScale(last=noise_scale, at_least=noise_scale)
+    """So often measured to be this that it is certain."""
+    known = NoiseScale()
+    for _ in range(20):
+        known.add(Spread(noise=noise_scale, signal=1.0))
+    return known
+
+
+def _training(**settings: Any) -> TrainingConfig:
+    """Each step is looked up by itself, as the simulated passes here have it."""
+    return TrainingConfig(sparse_step_rows=0, **settings)
 
 
 def _size(how: Any = "goodput", **changed: Any) -> Size:
@@ -130,7 +139,7 @@ def test_costs_are_first_measured_by_sizes_far_apart(
 ) -> None:
     fit = StepTimeFit()
     bounds: Any = {"min_batch_size": smallest, "max_batch_size": largest, "reference_batch_size": reference}
-    training = TrainingConfig(batch_policy="deadline", batch_size=reference, micro_batch_size=micro, **bounds)
+    training = _training(batch_policy="deadline", batch_size=reference, micro_batch_size=micro, **bounds)
     decisions = _decisions(batch_policy(training, fit=fit), 1_000_000, 5.0)
     probed = {decision.batch_size for decision in decisions[:12] if "measuring" in decision.reason}
     assert probed == {reference, other}
@@ -139,7 +148,7 @@ def test_costs_are_first_measured_by_sizes_far_apart(
 
 @pytest.mark.parametrize(("measurable", "size"), [(True, 64), (False, 512)])
 def test_while_nothing_is_measured_the_smallest_batch_is_taken_unless_it_never_will_be(measurable: bool, size: int) -> None:
-    training = TrainingConfig(
+    training = _training(
         batch_policy="deadline", min_batch_size=64, max_batch_size=4096, reference_batch_size=512, micro_batch_size=64
     )
     policy = batch_policy(training, fit=StepTimeFit(prior=TIME), noise=NoiseScale(measurable=measurable))
@@ -153,13 +162,21 @@ def test_a_noise_scale_of_a_few_measurements_leaves_the_batch_of_overload_as_it_
         unsure.add(Spread(noise=3000.0, signal=signal))
     assert unsure.last is not None
     assert unsure.last < 100
-    training = TrainingConfig(batch_policy="goodput", micro_batch_size=64, min_batch_size=64, max_batch_size=16_384)
+    training = _training(batch_policy="goodput", micro_batch_size=64, min_batch_size=64, max_batch_size=16_384)
     sizes = {
         _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise=noise), 3_000_000, 10.0)[0].batch_size
         for noise in (NoiseScale(), unsure)
     }
     assert len(sizes) == 1
     assert sizes.pop() == pytest.approx(quickest_batch(1000.0, TIME), abs=64)
+
+
+@pytest.mark.parametrize("noise_scale", [30.0, 300.0, 10_000.0])
+def test_a_noise_scale_that_is_certain_sets_the_batch_of_overload(noise_scale: float) -> None:
+    training = _training(batch_policy="goodput", micro_batch_size=64, min_batch_size=64, max_batch_size=16_384)
+    policy = batch_policy(training, fit=StepTimeFit(prior=TIME), noise=_known(noise_scale))
+    best = min(quickest_batch(noise_scale, TIME), 16_384)
+    assert _decisions(policy, 3_000_000, 10.0)[0].batch_size == pytest.approx(best, abs=64)
 
 
 def test_steps_over_the_rest_of_a_window_do_not_tell_a_step_from_its_rows() -> None:
@@ -183,6 +200,21 @@ def test_where_nothing_else_was_measured_the_rest_of_a_window_tells() -> None:
     assert fit.line.fixed_seconds == pytest.approx(TIME.fixed_seconds)
 
 
+@pytest.mark.parametrize("rows", [560_000, 590_000, 600_000, 640_000])
+def test_a_pass_that_leaves_rows_out_does_not_turn_to_the_largest_batch(rows: int) -> None:
+    """The largest batch learns some 575,000 rows in these seconds: what is left at the end could be learned in it, and the rows
+    that were left out until then would have been so for nothing."""
+    passes = {}
+    for how in ("deadline", "goodput"):
+        training = _training(batch_policy=how, micro_batch_size=64, min_batch_size=64, max_batch_size=16_384)
+        passes[how] = _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise=_known(3000.0)), rows, 10.0)
+    best = max(decision.batch_size for decision in passes["goodput"])
+    thinned = [decision.keep_rate < 1 for decision in passes["deadline"]]
+    from_there_on = passes["deadline"][thinned.index(True) :] if any(thinned) else []
+    assert all(decision.batch_size <= best for decision in from_there_on)
+    assert any(thinned) == (rows > 575_000)
+
+
 def _decisions(policy: BatchPolicy, rows: int, seconds: float, slower: float = 1.0) -> list[Decision]:
     """A pass on a simulated clock, in which each step takes what `TIME` says, times `slower`."""
     position, left, found = 0, seconds, []
@@ -200,7 +232,7 @@ def _decisions(policy: BatchPolicy, rows: int, seconds: float, slower: float = 1
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_starts_with_an_allowed_batch_and_says_why(name: str) -> None:
-    training = TrainingConfig(batch_policy=name, batch_size=256, micro_batch_size=256, max_batch_size=4096)  # type: ignore[arg-type]
+    training = _training(batch_policy=name, batch_size=256, micro_batch_size=256, max_batch_size=4096)
     for decision in _decisions(batch_policy(training), 200_000, 30.0):
         assert 128 <= decision.batch_size <= 4096
         assert decision.batch_size % 256 == 0 or decision.batch_size == 128
@@ -209,7 +241,7 @@ def test_a_policy_starts_with_an_allowed_batch_and_says_why(name: str) -> None:
 
 
 def test_a_ramp_grows_to_the_largest_batch() -> None:
-    training = TrainingConfig(batch_policy="linear_ramp", batch_size=256, micro_batch_size=256, max_batch_size=4096)
+    training = _training(batch_policy="linear_ramp", batch_size=256, micro_batch_size=256, max_batch_size=4096)
     sizes = [decision.batch_size for decision in _decisions(batch_policy(training), 500_000, 1e9)]
     assert sizes[0] == 256
     assert sizes[-1] >= 3840
@@ -218,7 +250,7 @@ def test_a_ramp_grows_to_the_largest_batch() -> None:
 
 @pytest.mark.parametrize("name", ["deadline", "goodput"])
 def test_overload_ends_in_time_with_what_could_be_afforded(name: str) -> None:
-    training = TrainingConfig(batch_policy=name, micro_batch_size=256, max_batch_size=4096)  # type: ignore[arg-type]
+    training = _training(batch_policy=name, micro_batch_size=256, max_batch_size=4096)
     decisions = _decisions(batch_policy(training, noise=_known(3000.0)), 3_000_000, 20.0)
     assert min(decision.keep_rate for decision in decisions) < 0.6
     spent = sum(TIME.seconds(decision.batch_size) for decision in decisions)
@@ -226,7 +258,7 @@ def test_overload_ends_in_time_with_what_could_be_afforded(name: str) -> None:
 
 
 def test_a_slow_machine_is_met_with_larger_batches() -> None:
-    training = TrainingConfig(batch_policy="deadline", micro_batch_size=64, min_batch_size=64, max_batch_size=4096)
+    training = _training(batch_policy="deadline", micro_batch_size=64, min_batch_size=64, max_batch_size=4096)
     quick, slow = (
         _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise=_known(1.0)), 100_000, 5.0, slower)[50]
         for slower in (1.0, 2.0)
@@ -236,7 +268,7 @@ def test_a_slow_machine_is_met_with_larger_batches() -> None:
 
 @pytest.mark.parametrize("name", ["deadline", "goodput"])
 def test_costs_are_not_measured_where_there_is_time_enough_whatever_they_are(name: str) -> None:
-    training = TrainingConfig(batch_policy=name, batch_size=1024, micro_batch_size=1024, max_batch_size=8192)  # type: ignore[arg-type]
+    training = _training(batch_policy=name, batch_size=1024, micro_batch_size=1024, max_batch_size=8192)
     policy = batch_policy(training, noise=_known(9 * 400.0))
     sizes = [decision.batch_size for decision in _decisions(policy, 200_000, 1e4)]
     assert sizes[:2] == [1024, 1024]
@@ -246,7 +278,7 @@ def test_costs_are_not_measured_where_there_is_time_enough_whatever_they_are(nam
 def test_a_stall_leaves_a_long_plan_nearly_whole() -> None:
     """Steps that take 1.3 s, in a pass of ten minutes that has time for all rows; for 30 s they take four times as long."""
     slow_steps = StepTime(fixed_seconds=100 * TIME.fixed_seconds, row_seconds=100 * TIME.row_seconds)
-    training = TrainingConfig(batch_policy="goodput", micro_batch_size=128, max_batch_size=8192)
+    training = _training(batch_policy="goodput", micro_batch_size=128, max_batch_size=8192)
     policy = batch_policy(training, fit=StepTimeFit(prior=slow_steps), noise=_known(3000.0))
     rows, position, learned, left = 240_000, 0, 0, 600.0
     while position < rows and left > 0:
@@ -274,7 +306,7 @@ def test_a_batch_is_measured_by_the_reference_batch(settings: dict[str, Any], sc
 
 
 def test_a_jump_in_the_batch_warms_the_rate_up() -> None:
-    training = TrainingConfig(
+    training = _training(
         batch_policy="deadline",
         micro_batch_size=256,
         min_batch_size=256,

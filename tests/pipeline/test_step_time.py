@@ -140,3 +140,16 @@ def test_an_earlier_line_without_a_fixed_cost_counts_for_nothing() -> None:
     assert fit.line.fixed_seconds == pytest.approx(TRUE.fixed_seconds, rel=0.01)
     assert fit.for_the_next == fit.line
     assert StepTimeFit(prior=TRUE).for_the_next == TRUE
+
+
+def test_steps_that_are_not_comparable_tell_until_others_do() -> None:
+    """Here each bears a hundredth of a second alone, a tenth of which falls to comparable ones."""
+    fit = StepTimeFit()
+    fit.add(steps=4, rows=4 * 300, seconds=4 * (TRUE.seconds(300) + 0.01), comparable=False)
+    fit.add(steps=8, rows=8 * 1024, seconds=8 * (TRUE.seconds(1024) + 0.001))
+    assert fit.known
+    assert fit.line.fixed_seconds > 2 * TRUE.fixed_seconds
+    fit.add(steps=16, rows=16 * 512, seconds=16 * (TRUE.seconds(512) + 0.001))
+    for _ in range(8):
+        fit.add(steps=4, rows=4 * 300, seconds=4 * (TRUE.seconds(300) + 0.01), comparable=False)
+    assert fit.line.fixed_seconds == pytest.approx(TRUE.fixed_seconds + 0.001, rel=0.15)
