@@ -97,8 +97,8 @@ class TrainingConfig(_Part):
     batch_policy: BatchPolicyName = "fixed"
     """What chooses the size of each batch. `fixed`: `batch_size` all along. `linear_ramp`: it grows from `batch_size` to
     `max_batch_size` over the pass. `deadline`: the smallest that still learns every row in time; rows are left out only where
-    `max_batch_size` is not enough for all, and then as `goodput` does. `goodput`: the same where time suffices; where it is
-    short, the size that gains most a second, on fewer rows."""
+    `max_batch_size` is not enough for all, and from there on as `goodput` does. `goodput`: the same where time suffices; where
+    it is short, the size that gains most a second, on fewer rows."""
     min_batch_size: Annotated[int, Field(ge=1)] = 128
     """Smallest batch of `deadline` and `goodput`."""
     max_batch_size: Annotated[int, Field(ge=1)] = 8192

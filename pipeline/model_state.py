@@ -702,7 +702,7 @@ def _dense_tensors(learner: Learner) -> dict[str, torch.Tensor]:
     tensors |= {f"{GROUP}{name}": value for name, value in group_scalars(learner.optimizer).items()}
     for kind, average in _averages(learner).items():
         tensors |= {f"{kind}.{name}": total for name, total in average.sums.items()}
-    if learner.noise_scale.measurements:
+    if learner.noise_scale.measurements or learner.noise_scale.last is not None:
         tensors[NOISE_SCALE] = torch.tensor(learner.noise_scale.state(), dtype=torch.float64)
     return tensors | {"random.torch": torch.get_rng_state()}
 

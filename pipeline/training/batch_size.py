@@ -26,7 +26,7 @@ TABLES_SHARE = 0.5
 """Of what a row teaches, what it teaches table rows. Batches of 16 and 32 times the reference learn from the same rows what a
 half to two thirds as many would teach one by one (docs/budget.md), where the dense noise scale alone says a third and less."""
 TYPICAL_NOISE_SCALE = 1000.0
-"""What the dense noise scale is taken for, as far as its measurements allow: batches of 128 to 4,096 lose on both data sets of
+"""What the dense noise scale is taken for, as far as its measurements allow: batches of 128 to 2,048 lose on both data sets of
 docs/budget.md about what this and `TABLES_SHARE` say."""
 PLANNED_SHARE = 0.97
 """Of the seconds left, so that a small disturbance does not leave rows unreached."""
@@ -264,7 +264,11 @@ def best_size(
 
 @dataclass(kw_only=True)
 class PlannedSize:
-    """`deadline` and `goodput`: plans anew from what was measured, every 200th of the pass."""
+    """`deadline` and `goodput`: plans anew from what was measured, every 200th of the pass.
+
+    Once a plan leaves rows out, `deadline` does as `goodput` until the best batch sees all rows that are left: as every plan
+    keeps some of the time back, the largest batch would soon see them, and rows would have been left out for nothing.
+    """
 
     how: Literal["deadline", "goodput"]
     smallest: int

@@ -22,13 +22,14 @@ def plan_notes(training: TrainingConfig, learned: Learned, learner: Learner, num
         )
     if learner.net.note:
         yield learner.net.note
+    noise = learner.noise_scale
     scaled_by_it = "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling)
-    if training.measures_noise and learner.noise_scale.last is None:
+    if training.measures_noise and noise.last is None:
         yield _without_noise_scale(training, learner)
-    elif scaled_by_it and learner.noise_scale.kept_last:
+    elif training.measures_noise and noise.kept_last and (scaled_by_it or noise.at_least == noise.last):
         yield (
-            f"the gradient was too small against its noise in the last {learner.noise_scale.kept_last} measurements; the noise "
-            f"scale of {learner.noise_scale.last:,.0f} rows before them was kept"
+            f"the gradient was too small against its noise in the last {noise.kept_last} measurements; the noise scale of "
+            f"{noise.last:,.0f} rows before them was kept"
         )
     uses_reference = training.batch_policy != "fixed" or training.learning_rate_scaling != "none"
     if uses_reference and training.reference > num_rows:
@@ -42,8 +43,7 @@ def _without_noise_scale(training: TrainingConfig, learner: Learner) -> str:
     if "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling):
         said.append("rates are those of the reference batch")
     if training.batch_policy in ("deadline", "goodput"):
-        calm = "the smallest" if learner.noise_scale.measurable else "no less than the reference"
-        said.append(
-            f"{TYPICAL_NOISE_SCALE:,.0f} rows stood for it where time was short; where it sufficed, {calm} batch was taken"
-        )
+        calm = "the smallest batch" if learner.noise_scale.measurable else "the reference batch or a larger one"
+        said.append(f"{TYPICAL_NOISE_SCALE:,.0f} rows stood for it where time was short")
+        said.append(f"where it sufficed, {calm} that sees all rows was taken")
     return "; ".join(said)

@@ -120,7 +120,7 @@ class StepTimeFit:
         size = rows / steps
         self._now += seconds
         self._latest.add(size, seconds / steps, took=seconds)
-        if (comparable or not self.known) and not self._stalls(round(size), seconds / steps):
+        if self._tells(round(size), comparable=comparable) and not self._stalls(round(size), seconds / steps):
             if not self._met_lately(round(size)) or (comparable and round(size) in self._makeshift):
                 self._by_size[round(size)], self._steps_of[round(size)] = _Spread(KEPT_A_SIZE), 0
             (self._makeshift.discard if comparable else self._makeshift.add)(round(size))
@@ -213,6 +213,11 @@ class StepTimeFit:
         every = comparable if _apart(comparable) else every
         lately = {size: low for size, low in every.items() if self._met_lately(size)}
         return lately if self._earlier is not None or _apart(lately) else every
+
+    def _tells(self, size: int, *, comparable: bool) -> bool:
+        """Whether it may tell f from d: where it is not comparable, as a makeshift alone, and not beside comparable ones of its
+        size."""
+        return comparable or not (self.known or (self._met_lately(size) and size not in self._makeshift))
 
     def _stalls(self, size: int, seconds: float) -> bool:
         """Whether a step is slow for its size; of a size that is new, whether the last one of a known size was."""

@@ -119,6 +119,8 @@ def test_of_a_scale_that_was_saved_without_its_error_the_estimate_is_kept_and_me
     for _ in range(5):
         scale.add(_spread(rng, [64] * 3))
     restored.load(scale.state()[:5])
+    saved_again, restored = restored.state(), NoiseScale()
+    restored.load(saved_again)
     assert (restored.last, restored.at_least, restored.at_most) == (scale.last, scale.last, np.inf)
     one_more = _spread(rng, [64] * 3)
     restored.add(one_more)

@@ -59,16 +59,24 @@ def test_a_noise_scale_that_is_not_known_or_was_kept_is_said() -> None:
     (unknown,) = notes(learning_rate_scaling="noise_scale")
     assert unknown == "the gradient noise scale is not measured yet; rates are those of the reference batch"
     (unknown,) = notes(batch_policy="goodput")
-    assert unknown.endswith("1,000 rows stood for it where time was short; where it sufficed, the smallest batch was taken")
+    assert "1,000 rows stood for it where time was short;" in unknown
+    assert unknown.endswith("where it sufficed, the smallest batch that sees all rows was taken")
     (both,) = notes(batch_policy="goodput", learning_rate_scaling="noise_scale")
     assert "rates are those of the reference batch; 1,000 rows stood" in both
     (never,) = notes(batch_policy="goodput", noise=NoiseScale(measurable=False))
     assert "not measured in fp16" in never
-    assert never.endswith("where it sufficed, no less than the reference batch was taken")
+    assert never.endswith("where it sufficed, the reference batch or a larger one that sees all rows was taken")
     noise = NoiseScale()
     noise.add(Spread(noise=300.0, signal=3.0))
     assert notes(learning_rate_scaling="noise_scale", noise=noise) == []
     noise.add(Spread(noise=300.0, signal=-1000.0))
     (kept,) = notes(learning_rate_scaling="noise_scale", noise=noise)
     assert "in the last 1 measurements; the noise scale of 100 rows before them was kept" in kept
-    assert notes(batch_policy="goodput", noise=noise) == [], "a plan goes by its limits"
+    assert notes(batch_policy="goodput", noise=noise) == [kept], "and a plan goes by it, as nothing better is known"
+    for signal in (3.0, 4.0, 2.0):
+        noise.add(Spread(noise=300.0, signal=signal))
+    sure = NoiseScale()
+    for signal in (3.0, 2.9, 3.1, 3.0, -30.0):
+        sure.add(Spread(noise=300.0, signal=signal))
+    assert sure.kept_last
+    assert notes(batch_policy="goodput", noise=sure) == [], "a plan goes by its limits"

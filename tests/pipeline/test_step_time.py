@@ -153,3 +153,14 @@ def test_steps_that_are_not_comparable_tell_until_others_do() -> None:
     for _ in range(8):
         fit.add(steps=4, rows=4 * 300, seconds=4 * (TRUE.seconds(300) + 0.01), comparable=False)
     assert fit.line.fixed_seconds == pytest.approx(TRUE.fixed_seconds + 0.001, rel=0.15)
+
+
+@pytest.mark.parametrize("makeshift_first", [True, False])
+def test_of_a_size_that_was_met_both_ways_the_comparable_steps_tell(makeshift_first: bool) -> None:
+    fit = StepTimeFit()
+    order = [False, True] if makeshift_first else [True, False]
+    for comparable in order:
+        took = TRUE.seconds(512) + (0 if comparable else 0.05)
+        fit.add(steps=4, rows=4 * 512, seconds=4 * took, comparable=comparable)
+    fit.add(steps=4, rows=4 * 2048, seconds=4 * TRUE.seconds(2048))
+    assert fit.line.fixed_seconds / fit.line.row_seconds == pytest.approx(TRUE.fixed_seconds / TRUE.row_seconds)
