@@ -13,7 +13,7 @@ Letters: R rows, C columns.
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -39,6 +39,8 @@ class MemoryReport:
     """Ids, pairs of ids and users that got a slot."""
     evicted_keys: int
     """Those whose state was given up for a new one."""
+    evicted_of: Mapping[str, int] = field(default_factory=dict)
+    """By bank, as `counter(item_id)` or `history`: its part of them, where it is not 0."""
     refused_rows: int
     """Rows that a bank could not count: the keys of the window overfilled a bucket of its table."""
     capped_history_events: int
@@ -108,13 +110,14 @@ class Memory:
         """
         with ThreadPoolExecutor(THREADS) as pool:
             changed = list(pool.map(lambda bank: bank.add(examples, hour), self._dense.values()))
-        changes, capped = reduce(KeyChanges.plus, changed, KeyChanges()), 0
+        of_banks, capped = dict(zip(self._dense, changed, strict=True)), 0
         if self._history:
-            users, capped = self._history.add(examples)
-            changes = changes.plus(users)
+            of_banks["history"], capped = self._history.add(examples)
+        changes = reduce(KeyChanges.plus, of_banks.values(), KeyChanges())
         return MemoryReport(
             new_keys=changes.new_keys,
             evicted_keys=changes.evicted_keys,
+            evicted_of={name: own.evicted_keys for name, own in of_banks.items() if own.evicted_keys},
             refused_rows=changes.refused_rows,
             capped_history_events=capped,
         )

@@ -393,7 +393,8 @@ def _late_clicks(
 
 def _memory_notes(remembered: MemoryReport) -> Iterator[str]:
     if remembered.evicted_keys:
-        yield f"{remembered.evicted_keys:,} keys of counters or histories gave way to new ones; raise their capacity"
+        parts = ", ".join(f"{keys:,} of {bank}" for bank, keys in remembered.evicted_of.items())
+        yield f"{remembered.evicted_keys:,} keys of counters or histories gave way to new ones ({parts}); raise their capacity"
     if remembered.refused_rows:
         yield f"{remembered.refused_rows:,} rows found no room in a counter or history; raise its capacity"
     if remembered.capped_history_events:

@@ -133,3 +133,15 @@ def test_a_window_is_reported() -> None:
     assert report.capped_history_events == sum(max(count - 3, 0) for count in clicks)
     assert report.new_keys == 2 * items + authors + len(pairs) + sum(count > 0 for count in clicks)
     assert (report.evicted_keys, report.refused_rows) == (0, 0)
+
+
+def test_a_report_names_the_banks_whose_keys_gave_way() -> None:
+    spec = remembering()
+    tight = spec.model_copy(update={"counters": (spec.counters[0].model_copy(update={"capacity": 8}), *spec.counters[1:])})
+    memory, rng = Memory(tight), np.random.default_rng(5)
+    memory.add(window(rng, 0), 0)
+    later = window(rng, 1)
+    later = replace(later, single_ids=later.single_ids | {"item_id": later.single_ids["item_id"] + np.uint64(100)})
+    report = memory.add(later, 1)
+    assert set(report.evicted_of) == {"counter(item_id)"}
+    assert report.evicted_of["counter(item_id)"] == report.evicted_keys > 0
