@@ -13,7 +13,7 @@ Letters: R rows, C columns.
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -37,14 +37,17 @@ class MemoryReport:
 
     new_keys: int
     """Ids, pairs of ids and users that got a slot."""
-    evicted_keys: int
-    """Those whose state was given up for a new one."""
-    evicted_of: Mapping[str, int] = field(default_factory=dict)
-    """By bank, as `counter(item_id)` or `history`: its part of them, where it is not 0."""
+    evicted_of: Mapping[str, int]
+    """By bank, as `counter(item_id)` or `history`: keys whose state was given up for a new one, where there were any."""
     refused_rows: int
     """Rows that a bank could not count: the keys of the window overfilled a bucket of its table."""
     capped_history_events: int
     """Clicked rows left out of a history, because the user had more than `max_events_per_window` of them."""
+
+    @property
+    def evicted_keys(self) -> int:
+        """Those of all banks."""
+        return sum(self.evicted_of.values())
 
 
 def column_names(spec: DatasetSpec) -> list[str]:
@@ -116,7 +119,6 @@ class Memory:
         changes = reduce(KeyChanges.plus, of_banks.values(), KeyChanges())
         return MemoryReport(
             new_keys=changes.new_keys,
-            evicted_keys=changes.evicted_keys,
             evicted_of={name: own.evicted_keys for name, own in of_banks.items() if own.evicted_keys},
             refused_rows=changes.refused_rows,
             capped_history_events=capped,

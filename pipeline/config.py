@@ -205,14 +205,23 @@ class TrainingConfig(_Part):
         return MICRO_BATCH_SIZES[0] if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
+    def scales_by_noise(self) -> bool:
+        """Whether a learning rate follows the gradient noise scale."""
+        return "noise_scale" in (self.learning_rate_scaling, self.sparse_learning_rate_scaling)
+
+    @property
+    def plans_batches(self) -> bool:
+        """Whether batches are chosen from what was measured."""
+        return self.batch_policy in ("deadline", "goodput")
+
+    @property
     def measures_noise(self) -> bool:
         """Whether the gradient noise scale is needed."""
-        scaled = "noise_scale" in (self.learning_rate_scaling, self.sparse_learning_rate_scaling)
-        return scaled or self.batch_policy in ("deadline", "goodput")
+        return self.scales_by_noise or self.plans_batches
 
     @model_validator(mode="after")
     def _one_plan(self) -> Self:
-        if self.batch_policy in ("deadline", "goodput") and self.min_batch_size > self.max_batch_size:
+        if self.plans_batches and self.min_batch_size > self.max_batch_size:
             raise ValueError(
                 f"min_batch_size = {self.min_batch_size} is above max_batch_size = {self.max_batch_size}; "
                 f"use a max_batch_size of at least {self.min_batch_size}"

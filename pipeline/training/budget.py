@@ -85,7 +85,7 @@ def refuse_too_small(config: UpdateConfig, deadline: Deadline, step_time: StepTi
     Raises:
         ConfigError: names the settings, and the least budget that works.
     """
-    if step_time is None or config.training.batch_policy not in ("deadline", "goodput"):
+    if step_time is None or not config.training.plans_batches:
         return
     rows = config.training.min_batch_size
     step, reserve = step_time.seconds(rows), deadline.reserve_seconds

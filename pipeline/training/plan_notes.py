@@ -23,10 +23,9 @@ def plan_notes(training: TrainingConfig, learned: Learned, learner: Learner, num
     if learner.net.note:
         yield learner.net.note
     noise = learner.noise_scale
-    scaled_by_it = "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling)
     if training.measures_noise and noise.last is None:
         yield _without_noise_scale(training, learner)
-    elif training.measures_noise and noise.kept_last and (scaled_by_it or noise.at_least == noise.last):
+    elif training.measures_noise and noise.kept_last and (training.scales_by_noise or noise.at_least == noise.last):
         yield (
             f"the gradient was too small against its noise in the last {noise.kept_last} measurements; the noise scale of "
             f"{noise.last:,.0f} rows before them was kept"
@@ -40,9 +39,9 @@ def _without_noise_scale(training: TrainingConfig, learner: Learner) -> str:
     said = ["the gradient noise scale is not measured yet"]
     if not learner.noise_scale.measurable:
         said = ["the gradient noise scale is not measured in fp16, nor for batches of one micro-batch of a compiled network"]
-    if "noise_scale" in (training.learning_rate_scaling, training.sparse_learning_rate_scaling):
+    if training.scales_by_noise:
         said.append("rates are those of the reference batch")
-    if training.batch_policy in ("deadline", "goodput"):
+    if training.plans_batches:
         calm = "the smallest batch" if learner.noise_scale.measurable else "the reference batch or a larger one"
         said.append(f"{TYPICAL_NOISE_SCALE:,.0f} rows stood for it where time was short")
         said.append(f"where it sufficed, {calm} that sees all rows was taken")

@@ -118,15 +118,18 @@ class StepTimeFit:
         if steps < 1 or rows < 1 or seconds <= 0:
             return
         size = rows / steps
+        like = round(size)
         self._now += seconds
         self._latest.add(size, seconds / steps, took=seconds)
-        if self._tells(round(size), comparable=comparable) and not self._stalls(round(size), seconds / steps):
-            if not self._met_lately(round(size)) or (comparable and round(size) in self._makeshift):
-                self._by_size[round(size)], self._steps_of[round(size)] = _Spread(KEPT_A_SIZE), 0
-            (self._makeshift.discard if comparable else self._makeshift.add)(round(size))
-            self._by_size[round(size)].add(size, seconds / steps, took=seconds)
-            self._steps_of[round(size)] += steps
-            self._met_at[round(size)] = self._now
+        if self._tells(like, comparable=comparable) and not self._stalls(like, seconds / steps):
+            if not self._met_lately(like) or (comparable and like in self._makeshift):
+                self._by_size[like], self._steps_of[like] = _Spread(KEPT_A_SIZE), 0
+                self._makeshift.discard(like)
+            if not comparable:
+                self._makeshift.add(like)
+            self._by_size[like].add(size, seconds / steps, took=seconds)
+            self._steps_of[like] += steps
+            self._met_at[like] = self._now
         self._added += 1
         if self._added <= REFIT_EVERY or self._added % REFIT_EVERY == 0:
             self._line = None

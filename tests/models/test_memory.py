@@ -61,7 +61,7 @@ def test_a_spec_that_declares_nothing_remembers_nothing() -> None:
     assert memory.columns(examples, 0).shape == (0, examples.num_rows)
     assert memory.histories(examples) is None
     assert memory.arrays() == {}
-    assert memory.add(examples, 0) == MemoryReport(new_keys=0, evicted_keys=0, refused_rows=0, capped_history_events=0)
+    assert memory.add(examples, 0) == MemoryReport(new_keys=0, evicted_of={}, refused_rows=0, capped_history_events=0)
 
 
 def test_labels_moved_inside_an_hour_are_not_seen_in_that_hour() -> None:
