@@ -15,7 +15,7 @@ import numpy.typing as npt
 from data_schemas.dataset import Counter
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import F32, I64, Examples
-from models.key_index import KeyChanges, KeyIndex, keys_over
+from models.key_index import Bool, KeyChanges, KeyIndex, distinct, keys_over
 
 F64 = npt.NDArray[np.float64]
 
@@ -100,22 +100,22 @@ class CounterBank:
             examples: the window's rows, late ones included.
             hour: the hour of the window, since 1970.
         """
-        keys_R = keys_over(examples, self.counter.over)
         now = max(hour, int(examples.hour_R.max(initial=hour)))
-        slots_R, fresh_R, num_evicted = self._index.find_or_add(keys_R, now)
-        self._counts_SK[slots_R[fresh_R]] = 0
-        self._hour_S[slots_R[fresh_R]] = now
-        rows = np.flatnonzero(slots_R >= 0)
-        slot_U, place_R = np.unique(slots_R[rows], return_inverse=True)
-        before_U = self._hour_S.take(slot_U)
+        key_U, place_R = distinct(keys_over(examples, self.counter.over))
+        slots_U, fresh_U, num_evicted = self._index.find_or_add(key_U, now)
+        counts_UK, before_U = self._counts_SK.take(slots_U, axis=0, mode="clip"), self._hour_S.take(slots_U, mode="clip")
+        counts_UK[fresh_U], before_U[fresh_U] = 0, now
         hour_U = np.maximum(before_U, now)
-        counted_UK = self._counted(examples, rows, hour_U, place_R)
         left_UK = self._decay(hour_U - before_U)
-        counts_UK = self._counts_SK.take(slot_U, axis=0)
-        self._counts_SK[slot_U] = (counts_UK if left_UK is None else counts_UK * left_UK) + counted_UK
-        self._hour_S[slot_U] = hour_U
-        self._add_to_bank(examples, rows, now)
-        return KeyChanges.of(keys_R, slots_R, fresh_R, num_evicted)
+        if left_UK is not None:
+            counts_UK *= left_UK
+        counts_UK += self._counted(examples, hour_U, place_R)
+        stored_U = slots_U >= 0
+        kept = slice(None) if stored_U.all() else stored_U
+        self._counts_SK[slots_U[kept]] = counts_UK[kept]
+        self._hour_S[slots_U[kept]] = hour_U[kept]
+        self._add_to_bank(examples, stored_U.take(place_R), now)
+        return KeyChanges.of(key_U, place_R, slots_U, fresh_U, num_evicted)
 
     def arrays(self, *, changed: bool = False) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint keeps; as large as the number of keys that are stored, or `changed` since `mark_saved`."""
@@ -171,24 +171,25 @@ class CounterBank:
         hours_R1 = hours_R.astype(np.float32)[:, None]
         return np.tile(np.exp2(-hours_R1 / self._half_lives_H), (1, len(self._kinds)))
 
-    def _counted(self, examples: Examples, rows: I64, hour_U: npt.NDArray[np.int32], place_R: I64) -> F32:
-        """`[U, K]` what `rows` add to their keys by the hours of these; once for all half-lives where nothing has decayed."""
-        weights_R = examples.weights_R[rows]
-        added = {"clicks": weights_R * examples.labels_R[rows], "impressions": weights_R}
-        by_kind = np.stack([added[kind] for kind in self._kinds], axis=1)
-        left_RK = self._decay(hour_U.take(place_R) - examples.hour_R[rows])
+    def _counted(self, examples: Examples, hour_U: npt.NDArray[np.int32], place_R: I64) -> F32:
+        """`[U, K]` what the rows add to their keys by the hours of these; once for all half-lives where nothing has decayed."""
+        weights_R = examples.weights_R
+        added = {"clicks": weights_R * examples.labels_R, "impressions": weights_R}
+        by_kind = [added[kind] for kind in self._kinds]
+        left_RK = self._decay(hour_U.take(place_R) - examples.hour_R)
         if left_RK is None:
             return np.repeat(_sums(place_R, by_kind, len(hour_U)), self._num_spans, axis=1)
-        return _sums(place_R, np.repeat(by_kind, self._num_spans, axis=1) * left_RK, len(hour_U))
+        by_span = [amount_R for amount_R in by_kind for _ in range(self._num_spans)]
+        return _sums(place_R, [amount_R * left_R for amount_R, left_R in zip(by_span, left_RK.T, strict=True)], len(hour_U))
 
-    def _add_to_bank(self, examples: Examples, rows: I64, now: int) -> None:
-        """Count `rows` into the totals of all keys together."""
+    def _add_to_bank(self, examples: Examples, stored_R: Bool, now: int) -> None:
+        """Count the rows whose key is stored into the totals of all keys together."""
         hour = max(self._bank_hour, now)
         left_H = np.exp2(-(hour - self._bank_hour) / self._half_lives_H.astype(np.float64))
-        left_RK = self._decay(hour - examples.hour_R[rows])
-        weight_R1 = examples.weights_R[rows, None]
+        left_RK = self._decay(hour - examples.hour_R)
+        weight_R1 = (examples.weights_R * stored_R)[:, None]
         weight_RH = weight_R1 if left_RK is None else weight_R1 * left_RK[:, : self._num_spans]  # or one column for all spans
-        clicked_RH = weight_RH * examples.labels_R[rows, None]
+        clicked_RH = weight_RH * examples.labels_R[:, None]
         self._bank_clicks_H = self._bank_clicks_H * left_H + clicked_RH.sum(axis=0, dtype=np.float64)
         self._bank_impressions_H = self._bank_impressions_H * left_H + weight_RH.sum(axis=0, dtype=np.float64)
         self._bank_hour = hour
@@ -220,14 +221,15 @@ class AgeBank:
 
     def add(self, examples: Examples, hour: int) -> KeyChanges:
         """Note the ids of a closed window; an id that was late is as old as its earliest row."""
-        keys_R = examples.single_ids[self.feature]
         now = max(hour, int(examples.hour_R.max(initial=hour)))
-        slots_R, fresh_R, num_evicted = self._index.find_or_add(keys_R, now)
-        self._first_hour_S[slots_R[fresh_R]] = now
-        rows = np.flatnonzero(slots_R >= 0)
-        earlier = rows[examples.hour_R[rows] < self._first_hour_S.take(slots_R[rows])]
-        np.minimum.at(self._first_hour_S, slots_R[earlier], examples.hour_R[earlier].astype(np.int32))
-        return KeyChanges.of(keys_R, slots_R, fresh_R, num_evicted)
+        key_U, place_R = distinct(examples.single_ids[self.feature])
+        slots_U, fresh_U, num_evicted = self._index.find_or_add(key_U, now)
+        first_U = self._first_hour_S.take(slots_U, mode="clip")
+        first_U[fresh_U] = now
+        np.minimum.at(first_U, place_R, examples.hour_R.astype(np.int32))
+        stored_U = slots_U >= 0
+        self._first_hour_S[slots_U[stored_U]] = first_U[stored_U]
+        return KeyChanges.of(key_U, place_R, slots_U, fresh_U, num_evicted)
 
     def new_share(self, examples: Examples) -> float:
         """Share of rows with an id that is not known."""
@@ -251,7 +253,9 @@ class AgeBank:
         self._first_hour_S[self._index.load(arrays)] = arrays["first_hour"]
 
 
-def _sums(place_R: I64, values_RK: F32, num_places: int) -> F32:
+def _sums(place_R: I64, values_KR: Sequence[F32], num_places: int) -> F32:
     """`[U, K]` sums of the rows that share a place, taken in float64."""
-    columns = [np.bincount(place_R, values_R, num_places) for values_R in values_RK.T]
-    return np.stack(columns, axis=1).astype(np.float32)
+    sums_UK = np.empty((num_places, len(values_KR)), np.float32)
+    for k, values_R in enumerate(values_KR):
+        sums_UK[:, k] = np.bincount(place_R, values_R, num_places)
+    return sums_UK

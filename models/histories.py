@@ -17,7 +17,7 @@ from data_schemas.dataset import History
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import I64, U64, Examples, IdLists
 from data_schemas.hashing import MISSING
-from models.key_index import KeyChanges, KeyIndex, run_starts
+from models.key_index import KeyChanges, KeyIndex, distinct, run_starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class HistoryBank:
 
     def lookup(self, examples: Examples) -> Histories:
         """The history of each row's user, from what was added so far."""
-        user_U, position_R = np.unique(examples.user_R, return_inverse=True)
+        user_U, position_R = distinct(examples.user_R)
         slot_U = self._index.find(user_U)
         values_FV, offsets = self._lists(slot_U)
         lists = {
