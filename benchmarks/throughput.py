@@ -7,9 +7,9 @@ All learn the same files: read them, turn ids into table rows, shuffle, batches,
 and hashes ids, which the others take as they are. Embeddings of 16, a network of 400-400, a wide weight an id. Ours in fp32 and
 in bf16; the same network over `nn.Embedding` in a plain loop, with sparse gradients (Adagrad) in both arithmetics and with
 dense ones (Adam); DeepCTR-Torch and FuxiCTR, whose DCNv2 has full matrices where ours has a rank of 32, and no linear part in
-FuxiCTR's DCNv2 and DLRM. Last, ours on Vowpal Wabbit's own kind of model, a weight an id with per-coordinate steps: ours has
-the smallest network that the settings allow beside it (embeddings of 4, one hidden unit), which is more than Vowpal Wabbit
-does. That reads the same rows from a text file, written before the clock starts, with its own parser and driver.
+FuxiCTR's DCNv2 and DLRM. Last, ours on Vowpal Wabbit's own kind of model, a weight an id with per-coordinate steps
+(`model.kind = "linear"`). That reads the same rows from a text file, written before the clock starts, with its own parser and
+driver.
 
     pip install --no-deps -r requirements/peers.txt
     python benchmarks/throughput.py                      # about 12 minutes on two cores
@@ -65,7 +65,7 @@ WARM_UP_LAPS = 2
 FIRST_HOUR = 20_000 * 24
 MODELS = ("deepfm", "dcnv2", "dlrm")
 BATCHES = (512, 4096, 32_768)
-WIDE = "wide part"
+LINEAR = "ours, linear"
 OURS_BF16, OURS_FP32, LOOP, LOOP_BF16 = "ours, bf16", "ours, fp32", "loop, sparse, fp32", "loop, sparse, bf16"
 DENSE_LOOP, DEEPCTR, FUXICTR, VW = "loop, dense Adam, fp32", "DeepCTR-Torch", "FuxiCTR", "Vowpal Wabbit"
 WANTED = ((OURS_BF16, LOOP, 2.0), (OURS_FP32, LOOP, 1.4), (OURS_BF16, DEEPCTR, 4.0), (OURS_BF16, FUXICTR, 4.0))
@@ -171,7 +171,7 @@ class Ours:
             f"training.batch_size={batch}",
             "training.weight_ema=0.0",
         ]
-        fixed += ["training.sparse_step_rows=0", f"model.interaction_dim={spec.categorical[0].embedding_dim}"]
+        fixed += ["training.sparse_step_rows=0", f"model.interaction_dim={spec.categorical[0].embedding_dim or DIM}"]
         with tempfile.TemporaryDirectory() as empty:
             config = load_config(None, [f"state_dir={empty}", *fixed, *settings])
             self.learner = restore_or_create(config, spec).learner
@@ -324,12 +324,12 @@ def _against_vowpal_wabbit(folder: Path, options: argparse.Namespace, device: to
     if importlib.util.find_spec("vowpalwabbit") is None:
         print(f"{VW} is absent: pip install --no-deps -r requirements/peers.txt", file=sys.stderr)
         return
-    log, spec, files = write_click_log(folder, 4)
+    log, spec, files = write_click_log(folder, 0)
     makers: Makers = {
-        f"ours, {WIDE}": lambda: Ours(log, spec, "deepfm", 4096, hidden=(1,), settings=[]),
+        LINEAR: lambda: Ours(log, spec, "linear", 4096, hidden=HIDDEN, settings=[]),
         VW: lambda: VowpalWabbitText(folder, files, [feature.name for feature in spec.categorical]),
     }
-    wanted = ((f"ours, {WIDE}", VW, WANTED_OF_VW),)
+    wanted = ((LINEAR, VW, WANTED_OF_VW),)
     _show(f"{VW}'s kind of model, ours in batches of 4,096", _measured(makers, files, 4096, options, device), wanted)
 
 

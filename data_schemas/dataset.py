@@ -146,8 +146,9 @@ class Categorical(_Declared):
     evict_after_hours: Annotated[int, Field(ge=1)] | None = None
     """With `ids = "admitted"`: an id that was not seen for so long gives its row back. Without it, and in a full table, the
     least recently seen id gives way to a new one."""
-    embedding_dim: Annotated[int, Field(ge=4, le=1024, multiple_of=4)] = 16
-    """Length of an id's embedding; a multiple of 4, as the fused kernels need."""
+    embedding_dim: Annotated[int, Field(ge=0, le=1024, multiple_of=4)] = 16
+    """Length of an id's embedding; a multiple of 4, as the fused kernels need. 0: no embedding, the id has its wide weight
+    alone."""
     from_time: Literal["hour_of_day", "hour_of_week"] | None = None
     """Derived from the event time instead of read from a column. One feature at least has to be logged."""
 
@@ -399,6 +400,16 @@ class DatasetSpec(_Declared):
             raise ValueError("'history' is kept by user; set 'user' to the feature that identifies the user")
         if self.history and self.user in self.history.of:
             raise ValueError(f"'history.of' names {self.user!r}, the user whose history it is; leave it out")
+        if self.history:
+            self._pools_embeddings(self.history.of)
+
+    def _pools_embeddings(self, names: Sequence[str]) -> None:
+        for feature in self.categorical:
+            if feature.name in names and not feature.embedding_dim:
+                raise ValueError(
+                    f"'history.of' names {feature.name!r}, which has no embedding to pool (embedding_dim = 0); give it one of "
+                    "4 or more, or leave it out"
+                )
 
     def _names_by_field(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield from ((f"crosses.{place}", cross) for place, cross in enumerate(self.crosses))
@@ -410,6 +421,16 @@ class DatasetSpec(_Declared):
     def has_labels(self) -> bool:
         """False for a log of clicks only."""
         return self.label is not None or self.clicks is not None
+
+    def linear(self) -> "DatasetSpec":
+        """The same for a linear model: without embeddings, and so without histories, which are pools of them.
+
+        >>> linear = load_spec("brunch").linear()
+        >>> {feature.embedding_dim for feature in linear.categorical}, linear.history, len(linear.counters)
+        ({0}, None, 5)
+        """
+        without = tuple(feature.model_copy(update={"embedding_dim": 0}) for feature in self.categorical)
+        return self.model_copy(update={"categorical": without, "history": None})
 
     def logged_categorical(self) -> Iterator[Categorical]:
         """The categorical features that are stored in the click log (not those derived from the time)."""

@@ -12,7 +12,6 @@ from typing import Literal, TypeVar
 
 import pyarrow as pa
 
-from data_schemas.dataset import load_spec
 from data_schemas.errors import DataError
 from flows.alerts import failures_told, tell_of
 from flows.artifacts import publish_report
@@ -20,7 +19,7 @@ from flows.cluster import run_spread
 from flows.history import reports_of
 from flows.stages import run_as_task
 from flows.terminal import Advance, leads, progress, tell
-from pipeline.config import UpdateConfig
+from pipeline.config import UpdateConfig, spec_of
 from pipeline.data.held import held_windows
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine, RowRange
@@ -68,7 +67,7 @@ def catch_up(
 
 def ingest_new(config: UpdateConfig, *, tell: Tell = tell) -> None:
     """Take what is new in the landing folder into the click log, and tell the count of every outcome."""
-    spec = load_spec(config.dataset)
+    spec = spec_of(config)
     log = ClickLog.open_or_create(config.log_path, spec)
     quarantine = Quarantine.open_or_create(config.quarantine_path)
     with progress("ingesting files", total=None) as advance:
@@ -124,7 +123,7 @@ def learn_waiting(
 def waiting_windows(config: UpdateConfig, now: datetime) -> list[datetime]:
     """Starts of the closed windows that the model has not learned, oldest first, but for those without rows and those held
     aside."""
-    log = ClickLog.open_or_create(config.log_path, load_spec(config.dataset))
+    log = ClickLog.open_or_create(config.log_path, spec_of(config))
     window, since = config.window, learned_until(config.model_dir)
     held = {piece.file.path for held in held_windows(config.model_dir) for piece in held.pieces if piece.rows.all()}
     hours = {file.hour for file in log.files() if (since is None or file.hour >= since) and file.path not in held}
@@ -168,7 +167,7 @@ def _update(
 
 def reads_of(config: UpdateConfig, windows: Sequence[datetime]) -> dict[Key, Callable[[], pa.Table]]:
     """What loading these windows reads, but for rows that came late or wait: those are few."""
-    spec = load_spec(config.dataset)
+    spec = spec_of(config)
     log, columns = ClickLog.open_or_create(config.log_path, spec), columns_to_read(spec)
     if spec.clicks is not None:
         columns += ["is_click", "event_key"]
@@ -189,7 +188,7 @@ def _register_serving(config: UpdateConfig) -> tuple[str, ...]:
     serving = current_version(config.model_dir)
     published = (report for report in reports_of(config.model_dir) if report.outcome == "published")
     made = [report for report in published if report.version == serving]
-    return register_serving(config, load_spec(config.dataset), made[-1]) if made else ()
+    return register_serving(config, spec_of(config), made[-1]) if made else ()
 
 
 def _summary(config: UpdateConfig, reports: Sequence[UpdateReport]) -> str:

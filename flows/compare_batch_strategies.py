@@ -16,7 +16,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from rich.console import Console
 
-from data_schemas.dataset import DatasetSpec, load_spec
+from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import ConfigError
 from flows.artifacts import embed
 from flows.catching_up import ingest_new
@@ -28,7 +28,7 @@ from pipeline.comparison.side_by_side import Job, jobs_of, run_jobs
 from pipeline.comparison.strategies import REFERENCE, chosen, with_gradient_ema
 from pipeline.comparison.stream import RecordedWindow, recorded_stream
 from pipeline.comparison.summary import Comparison, compare
-from pipeline.config import UpdateConfig
+from pipeline.config import UpdateConfig, spec_of
 from pipeline.data.synthetic import SyntheticConfig, write_landing
 from pipeline.passwords import without_passwords
 from pipeline.publishing.comparison import ComparisonRuns
@@ -91,7 +91,7 @@ def compare_batch_strategies(
     if generate:
         _generate(settings, hours)
     ingest_new(settings)
-    spec = load_spec(settings.dataset)
+    spec = spec_of(settings)
     stream = run_as_task("encode", lambda: recorded_stream(settings, spec, hours=hours))
     warmup = _warmup(stream) if warmup_hours is None else warmup_hours
     tell(

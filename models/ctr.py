@@ -17,7 +17,7 @@ from models.dcn import DcnHead
 from models.deepfm import DeepFmHead
 from models.dlrm import DlrmHead
 from models.embeddings import EmbeddingTables, Pooled, SparseOptimizer
-from models.layers import side_by_side
+from models.layers import NoHead, side_by_side
 from models.narrow_tables import NarrowTables
 from models.tables import TableLayout
 
@@ -26,7 +26,7 @@ from models.tables import TableLayout
 class Architecture:
     """Sizes of a head."""
 
-    kind: Literal["dlrm", "dcnv2", "deepfm"]
+    kind: Literal["dlrm", "dcnv2", "deepfm", "linear"]
     hidden: Sequence[int]
     common_dim: int
     """Length to which embeddings are projected before they interact."""
@@ -194,5 +194,8 @@ def _head(architecture: Architecture, dims: Sequence[int], num_dense: int) -> nn
                 cross_layers=architecture.cross_layers,
                 cross_rank=architecture.cross_rank,
             )
+        case "linear":
+            assert not dims, "a linear model has no embeddings: DatasetSpec.linear"
+            return NoHead()
         case unknown:
             assert_never(unknown)

@@ -109,6 +109,19 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoEmbeddings(nn.Module):
+    """Of a model without any: what is looked up has no columns."""
+
+    def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
+        """`[B, 0]`, which a backward pass can start from as from others."""
+        none_B0 = torch.zeros(ids.stride(), 0, device=ids.values().device, requires_grad=torch.is_grad_enabled())
+        return KeyedTensor(keys=[], length_per_key=[], values=none_B0)
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """None, as a collection would say."""
+        return []
+
+
 class EmbeddingTables(nn.Module):
     """Fused tables for embeddings; for wide weights one vector on a CPU, fused tables on a GPU or where they are to be spread
     over processes (on `meta`).
@@ -135,13 +148,15 @@ class EmbeddingTables(nn.Module):
         self.saved_elsewhere = False
         """Whether another process saves the same tables, of which these are a copy."""
         by_row = sparse_optimizer == "rowwise_adagrad"
-        self.deep = FusedEmbeddingBagCollection(
-            [_config(table, "deep", table.dim, INITIAL_BOUND) for table in layout.deep],
-            optimizer_type=RowWiseAdagrad if by_row else torch.optim.Adagrad,
-            optimizer_kwargs={"lr": sparse_learning_rate},
-            is_weighted=layout.weighted,
-            device=device,
-        )
+        self.deep: nn.Module = NoEmbeddings()
+        if layout.deep:
+            self.deep = FusedEmbeddingBagCollection(
+                [_config(table, "deep", table.dim, INITIAL_BOUND) for table in layout.deep],
+                optimizer_type=RowWiseAdagrad if by_row else torch.optim.Adagrad,
+                optimizer_kwargs={"lr": sparse_learning_rate},
+                is_weighted=layout.weighted,
+                device=device,
+            )
         beta = max(wide_beta, SMALLEST_BETA)
         self.wide: nn.Module = (
             WideWeights(layout.wide, learning_rate=wide_learning_rate, beta=beta, weighted=layout.weighted)
@@ -204,7 +219,8 @@ class EmbeddingTables(nn.Module):
 
     def set_learning_rates(self, *, sparse: float, wide: float) -> None:
         """Takes effect with the next backward pass."""
-        _set_rate(self.deep, sparse)
+        if self.layout.deep:
+            _set_rate(self.deep, sparse)
         if self.wide_vector is None:
             _set_rate(self.wide, wide / WIDE_GRADIENT_FACTOR)
         else:
@@ -258,7 +274,8 @@ class EmbeddingTables(nn.Module):
 
         Of a fused wide table that is its first column: the others are zero for good.
         """
-        yield from _fused_slices("deep", self.deep, None, with_optimizer=with_optimizer)
+        if self.layout.deep:
+            yield from _fused_slices("deep", self.deep, None, with_optimizer=with_optimizer)
         if self.wide_vector is None:
             yield from _fused_slices("wide", self.wide, 1, with_optimizer=with_optimizer)
             return

@@ -34,6 +34,14 @@ class CommonLength(nn.Module):
         )
 
 
+class NoHead(nn.Module):
+    """Of a linear model, which has no embeddings: the wide weights and the linear part over the dense columns are all."""
+
+    def forward(self, deep_BS: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
+        """Logits `[B]` of zero, from `[B, 0]`."""
+        return deep_BS.sum(dim=1)
+
+
 def side_by_side(*pieces: torch.Tensor) -> torch.Tensor:
     """Their columns in one tensor; nothing is copied where only one of them has any."""
     filled = [piece for piece in pieces if piece.shape[1]] or pieces[:1]

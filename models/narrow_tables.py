@@ -74,8 +74,9 @@ class NarrowTables(nn.Module):
         super().__init__()
         self.layout = layout
         _check(layout, saved, precision)
-        self.deep = _lookups(layout.deep, layout.lookup_keys, precision, device)
-        self.deep.assign_embedding_weights([_as_bytes(saved, f"deep.{table.name}") for table in layout.deep])
+        self.deep = _lookups(layout.deep, layout.lookup_keys, precision, device) if layout.deep else None
+        if self.deep is not None:
+            self.deep.assign_embedding_weights([_as_bytes(saved, f"deep.{table.name}") for table in layout.deep])
         self.wide = _lookups(layout.wide, layout.wide_keys, "fp16", device)
         self.wide.assign_embedding_weights([_as_bytes(saved, f"wide.{table.name}") for table in layout.wide])
 
@@ -84,12 +85,16 @@ class NarrowTables(nn.Module):
         """Weighted sums for each key, in fp32."""
         assert deep.keys() == self.layout.lookup_keys, "ids come in the order of the tables"
         assert wide.keys() == self.layout.wide_keys, "and so do those of wide weights"
+        wide_BW = _pooled(self.wide, wide)
+        if self.deep is None:
+            return Pooled(deep_BS=wide_BW.new_empty(len(wide_BW), 0), wide_BW=wide_BW)
         deep_BS = in_order(deep.keys(), self.layout.lookup_dims, _pooled(self.deep, deep), self.layout.deep_keys)
-        return Pooled(deep_BS=deep_BS, wide_BW=_pooled(self.wide, wide))
+        return Pooled(deep_BS=deep_BS, wide_BW=wide_BW)
 
     def nbytes(self, part: Literal["deep", "wide"]) -> int:
         """Bytes of the embeddings, or of the wide weights, as they lie in memory."""
-        pieces = (self.deep if part == "deep" else self.wide).split_embedding_weights()
+        held = self.deep if part == "deep" else self.wide
+        pieces = [] if held is None else held.split_embedding_weights()
         return sum(tensor.nbytes for pair in pieces for tensor in pair if tensor is not None)
 
 

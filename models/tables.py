@@ -104,7 +104,7 @@ class TableLayout:
 
 
 def table_layout(spec: DatasetSpec) -> TableLayout:
-    """A deep table for each categorical feature, a wide one for each that is logged and for each cross.
+    """A deep table for each categorical feature with an embedding, a wide one for each that is logged and for each cross.
 
     The time of day has no wide weight: all rows of an hourly window share it, so that it would absorb the click rate of the
     hour, which is for the bias to learn, and the next hour, with another weight, would start without it.
@@ -122,6 +122,7 @@ def table_layout(spec: DatasetSpec) -> TableLayout:
             lookups=(feature.name, *(key for key, of in (*pools, *clicks) if of == feature.name)),
         )
         for feature in spec.categorical
+        if feature.embedding_dim
     )
     wide = [
         Table(name=feature.name, rows=feature.capacity, dim=1, lookups=(feature.name,)) for feature in spec.logged_categorical()

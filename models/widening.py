@@ -172,6 +172,8 @@ def _head(architecture: Architecture, keys: Sequence[str], embedded: Labels, den
             axes = {"top.0.weight": (None, (*bottom, *pairs))}
             if dense:
                 axes[DENSE_NETWORK_OF_DLRM.removeprefix("head.")] = (None, dense)
+        case "linear":
+            axes = {}
         case unknown:
             assert_never(unknown)
     return [Labelled(name=f"head.{name}", meaning=f"head.{name}", axes=labels) for name, labels in axes.items()]

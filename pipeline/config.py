@@ -23,7 +23,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from data_schemas.dataset import escapes, load_spec
+from data_schemas.dataset import DatasetSpec, escapes, load_spec
 from data_schemas.errors import ConfigError
 from pipeline.evaluation.gate import Limits
 from pipeline.passwords import has_password, without_passwords
@@ -33,7 +33,7 @@ from sampling.thinning import Correction, Method
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TablePrecision = Literal["fp32", "fp16", "int8"]
-ModelKind = Literal["dlrm", "dcnv2", "deepfm"]
+ModelKind = Literal["dlrm", "dcnv2", "deepfm", "linear"]
 BatchPolicyName = Literal["fixed", "linear_ramp", "deadline", "goodput"]
 RateScaling = Literal["none", "linear", "sqrt", "noise_scale"]
 AlertEvent = Literal["held", "rejected", "suspicious", "failed", "alarm"]
@@ -69,7 +69,8 @@ class ModelConfig(_Part):
     """The network over the embeddings."""
 
     kind: ModelKind = "deepfm"
-    """How embeddings interact: DLRM (Naumov et al. 2019), DCNv2 (Wang et al. 2021) or DeepFM (Guo et al. 2017)."""
+    """How embeddings interact: DLRM (Naumov et al. 2019), DCNv2 (Wang et al. 2021) or DeepFM (Guo et al. 2017). `linear`: there
+    are none, nor histories, which are pools of them; a weight an id, a cross and a dense column, as Vowpal Wabbit has them."""
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (128, 64)
     """Sizes of the hidden layers of the top network."""
     interaction_dim: Annotated[int, Field(ge=4)] = 16
@@ -652,6 +653,24 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
     return UpdateConfig.model_construct(layered.model_fields_set, **dict(layered))  # a local class cannot be pickled
+
+
+def spec_of(config: UpdateConfig) -> DatasetSpec:
+    """The data set's declaration, as the model in force learns it.
+
+    Raises:
+        ConfigError: the model needs embeddings, and none is declared.
+        SpecError: the data set is unknown, or its declaration is wrong.
+    """
+    spec = load_spec(config.dataset)
+    if config.model.kind == "linear":
+        return spec.linear()
+    if not any(feature.embedding_dim for feature in spec.categorical):
+        raise ConfigError(
+            f"model.kind = {config.model.kind!r} needs embeddings, and every feature of {spec.name!r} has embedding_dim = 0; "
+            "set model.kind = 'linear', or give a feature an embedding_dim of 4 or more"
+        )
+    return spec
 
 
 def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:

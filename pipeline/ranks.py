@@ -24,9 +24,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_schemas.dataset import load_spec
 from data_schemas.errors import ConfigError, GroupFailed, StoppedByFirst, TidemarkError
-from pipeline.config import UpdateConfig
+from pipeline.config import UpdateConfig, spec_of
 from pipeline.launch import StartedProcesses, meeting_place, started, threads_of_each
 from pipeline.lock import lives
 from pipeline.outcome import UpdateReport
@@ -236,7 +235,7 @@ def _require_same(config: UpdateConfig, processes: Processes) -> None:
     """Raises `ConfigError` in all processes where one differs from the first."""
     own = dict(_flat(config.model_dump(mode="json", exclude={"alerts": True, "processes": {"count"}})))
     own |= {
-        "the data set's declaration": load_spec(config.dataset).fingerprint(),
+        "the data set's declaration": spec_of(config).fingerprint(),
         "the code": _code(),
         "torch": torch.__version__,
     }

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from data_schemas.dataset import DatasetSpec, load_spec
+from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32, I64
 from models.memory import MemoryReport
-from pipeline.config import UpdateConfig
+from pipeline.config import UpdateConfig, spec_of
 from pipeline.data.clicks import is_correction, join_clicks, require_correctable
 from pipeline.data.encode import num_normalised
 from pipeline.data.held import held_windows, hold_aside
@@ -98,7 +98,7 @@ def run_update(
         TidemarkError: what went wrong and the way out; the model before still serves.
     """
     keep_freed_memory()
-    spec = load_spec(config.dataset)
+    spec = spec_of(config)
     require_sampler(spec, config.sampling)
     require_correctable(spec, config.sampling)
     processes = Processes.started()

@@ -8,10 +8,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_schemas.dataset import load_spec
 from pipeline.comparison.run import StrategyRun, run_strategy
 from pipeline.comparison.stream import recorded_stream
-from pipeline.config import UpdateConfig
+from pipeline.config import UpdateConfig, spec_of
 from pipeline.launch import run_together
 from pipeline.training.processes import Patience
 
@@ -43,7 +42,7 @@ def run_on_processes(strategy: str, config: UpdateConfig, *, seed: int, recorded
 def take_part(strategy: str, settings: dict[str, Any], seed: int, recorded_by: dict[str, Any], hours: int) -> Any:
     """One of the processes; returns what JSON can carry."""
     config, recording = UpdateConfig(**settings), UpdateConfig(**recorded_by)
-    spec = load_spec(config.dataset)
+    spec = spec_of(config)
     stream = recorded_stream(recording, spec, hours=hours)
     return _RUN.dump_python(run_strategy(strategy, config, spec, stream, seed=seed), mode="json")
 

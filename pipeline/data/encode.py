@@ -428,8 +428,11 @@ def _of_single_ids(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return torch.from_numpy(ones), torch.from_numpy(ones.astype(np.int32)), torch.from_numpy(np.arange(count + 1))
 
 
+_NOTHING = _Segment(rows=np.empty(0, np.int64), weights=np.empty(0, np.float32), lengths=np.empty(0, np.int32))
+
+
 def _jagged(segments: Mapping[str, _Segment], keys: Sequence[str], size: int) -> KeyedJaggedTensor:
-    chosen = [segments[key] for key in keys]
+    chosen = [segments[key] for key in keys] or [_NOTHING]
     lengths = np.concatenate([segment.lengths for segment in chosen])
     offsets = np.zeros(len(lengths) + 1, np.int64)
     lengths.cumsum(out=offsets[1:])

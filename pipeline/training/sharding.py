@@ -75,7 +75,9 @@ def spread_tables(
         with nullcontext() if new else Unfilled():
             tables = make(device)
         if processes.count > 1:
-            tables.deep, tables.wide = _Copies(tables.deep, processes), _Copies(tables.wide, processes)
+            if layout.deep:
+                tables.deep = _Copies(tables.deep, processes)
+            tables.wide = _Copies(tables.wide, processes)
             tables.saved_elsewhere = not processes.is_first
         return tables
     if sharding == "column_wise" and sparse_optimizer == "rowwise_adagrad":

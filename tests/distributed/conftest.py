@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_schemas.dataset import load_spec
-from pipeline.config import load_config
+from pipeline.config import load_config, spec_of
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.data.synthetic import SyntheticConfig, write_landing
@@ -119,7 +118,7 @@ class Day:
     def numbers(self, model: str, *more: str) -> dict[str, np.ndarray]:
         """Everything that a model is made of."""
         config = load_config(overrides=self.overrides(model, *more))
-        state = restore_or_create(config, load_spec(config.dataset), Processes())
+        state = restore_or_create(config, spec_of(config), Processes())
         learner = state.learner
         tables = {piece.name: piece.tensor.numpy().copy() for piece in learner.model.tables.slices()}
         dense = {name: parameter.detach().numpy() for name, parameter in learner.parameters.items()}
@@ -169,9 +168,9 @@ def make_day(tmp_path: Path) -> Callable[..., Day]:
         write(tmp_path / "landing")
         day = Day(folder=tmp_path)
         config = load_config(overrides=day.overrides("one"))
-        log = ClickLog.open_or_create(config.log_path, load_spec(config.dataset))
+        log = ClickLog.open_or_create(config.log_path, spec_of(config))
         quarantine = Quarantine.open_or_create(config.quarantine_path)
-        ingest_landing(config.landing, log, quarantine, load_spec(config.dataset), now=day.end)
+        ingest_landing(config.landing, log, quarantine, spec_of(config), now=day.end)
         return day
 
     return make

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_schemas.dataset import DATASETS_FOLDER
+from data_schemas.dataset import DATASETS_FOLDER, load_spec
 from data_schemas.errors import ConfigError, SpecError
-from pipeline.config import UpdateConfig, load_config
+from pipeline.config import UpdateConfig, load_config, spec_of
 
 SHIPPED = (DATASETS_FOLDER / "movielens.toml").read_text(encoding="utf-8")
 assert "[settings" not in SHIPPED
@@ -194,6 +194,19 @@ def test_the_settings_of_a_data_set_are_checked_as_well(declare: Declare) -> Non
 def test_an_unknown_data_set_is_a_wrong_declaration(dataset: str) -> None:
     with pytest.raises(SpecError, match=dataset[:50]):
         load_config(overrides=[f"dataset={dataset}"])
+
+
+def test_a_linear_model_has_no_embeddings_and_the_others_need_one(tmp_path: Path) -> None:
+    own = ["dataset=brunch", "model.kind=linear"]
+    declared, linear = load_spec("brunch"), spec_of(load_config(overrides=own))
+    assert not any(feature.embedding_dim for feature in linear.categorical)
+    assert linear.history is None
+    assert linear == declared.model_copy(update={"categorical": linear.categorical, "history": None})
+    assert spec_of(load_config(overrides=own[:1])) == declared
+    bare = SHIPPED.replace("[[categorical]]\n", "[[categorical]]\nembedding_dim = 0\n")
+    (tmp_path / "bare.toml").write_text(bare, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model\.kind = 'deepfm' needs embeddings.*set model\.kind = 'linear'"):
+        spec_of(load_config(overrides=[f"dataset={tmp_path / 'bare.toml'}"]))
 
 
 def test_smoothing_the_gradient_twice_is_refused() -> None:

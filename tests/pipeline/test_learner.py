@@ -79,15 +79,16 @@ def _step(
     return result
 
 
-@pytest.mark.parametrize("kind", ["dlrm", "dcnv2", "deepfm"])
+@pytest.mark.parametrize("kind", ["dlrm", "dcnv2", "deepfm", "linear"])
 @pytest.mark.parametrize("dense_optimizer", ["adam", "adagrad", "sgd"])
 @pytest.mark.parametrize("micro_batch_size", [16, 24, 63])
 def test_micro_batches_equal_one_big_batch(
     small_spec: DatasetSpec, small_examples: MakeExamples, kind: str, dense_optimizer: str, micro_batch_size: int
 ) -> None:
-    window = _window(small_spec, small_examples(320))
-    whole = _learner(small_spec, kind=kind, dense_optimizer=dense_optimizer, micro_batch_size=64)
-    parts = _learner(small_spec, kind=kind, dense_optimizer=dense_optimizer, micro_batch_size=micro_batch_size)
+    spec = small_spec.linear() if kind == "linear" else small_spec
+    window = _window(spec, small_examples(320))
+    whole = _learner(spec, kind=kind, dense_optimizer=dense_optimizer, micro_batch_size=64)
+    parts = _learner(spec, kind=kind, dense_optimizer=dense_optimizer, micro_batch_size=micro_batch_size)
     _pass(whole, window)
     _pass(parts, window)
     assert whole.steps == parts.steps == 5

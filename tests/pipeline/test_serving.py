@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from data_schemas.dataset import DATASETS_FOLDER, load_spec
 from data_schemas.errors import CorruptCheckpoint
 from data_schemas.examples import Examples
-from pipeline.config import TablePrecision, UpdateConfig, load_config
+from pipeline.config import TablePrecision, UpdateConfig, load_config, spec_of
 from pipeline.data.encode import encode
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
@@ -98,14 +98,28 @@ def _rows(config: UpdateConfig) -> Examples:
 def test_a_narrow_predictor_is_small_and_predicts_nearly_the_same(
     published: UpdateConfig, tmp_path: Path, precision: TablePrecision, most: float, share: float
 ) -> None:
-    spec, examples = load_spec(published.dataset), _rows(published)
-    state = restore_or_create(published, spec, Processes())
-    for name in ("fp32", precision):
-        export_predictor(state, spec, published.model, tmp_path / name, table_precision=name)  # type: ignore[arg-type]
-    exact, narrow = (load_predictor(tmp_path / name).predict_examples(examples) for name in ("fp32", precision))
+    exact, narrow, share_of_bytes = _narrowed(published, tmp_path, precision)
     assert 0 < np.abs(narrow - exact).max() <= most
+    assert share_of_bytes < share
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_linear_model_is_served_from_narrow_weights_too(tmp_path: Path, precision: TablePrecision) -> None:
+    config = publish(tmp_path, "model.kind=linear", f"serving.table_precision={precision}")
+    exact, narrow, share_of_bytes = _narrowed(config, tmp_path, precision)
+    assert 0 < np.abs(narrow - exact).max() <= 1e-3, "wide weights have 16 bits with either"
+    assert share_of_bytes < 0.52
+
+
+def _narrowed(config: UpdateConfig, tmp_path: Path, precision: TablePrecision) -> tuple[np.ndarray, np.ndarray, float]:
+    """What a model predicts with tables in fp32 and in `precision`, and the share of bytes that these take."""
+    spec, examples = spec_of(config), _rows(config)
+    state = restore_or_create(config, spec, Processes())
+    for name in ("fp32", precision):
+        export_predictor(state, spec, config.model, tmp_path / name, table_precision=name)  # type: ignore[arg-type]
+    exact, narrow = (load_predictor(tmp_path / name).predict_examples(examples) for name in ("fp32", precision))
     bytes_of = {name: (tmp_path / name / "weights.safetensors").stat().st_size for name in ("fp32", precision)}
-    assert bytes_of[precision] < share * bytes_of["fp32"]
+    return exact, narrow, bytes_of[precision] / bytes_of["fp32"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
