@@ -169,11 +169,10 @@ class EmbeddingTables(nn.Module):
 
     def forward(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> Pooled:
         """Looks every id up once. Backward through the result steps the tables at once: call it once a step."""
-        vector = self.wide_vector
         if torch.is_grad_enabled():
-            self._note_changed(deep, wide, vector)
+            self._note_changed(deep, wide)
         wide_BW = in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)
-        if vector is None:
+        if self.wide_vector is None:
             wide_BW = wide_BW[:, ::WIDE_DIM]
             if wide_BW.requires_grad:  # the columns between stay without a gradient
                 wide_BW.register_hook(lambda gradient_BW: gradient_BW * WIDE_GRADIENT_FACTOR)
@@ -205,11 +204,13 @@ class EmbeddingTables(nn.Module):
         """The tables are on this device now, and none of their rows has changed."""
         self.device = device
         of_vector = self.layout.wide if self.wide_vector is not None else ()
-        self._vector_marks, in_vector = marks_side_by_side({table.name: table.rows for table in of_vector})
+        marks_R, in_vector = marks_side_by_side({table.name: table.rows for table in of_vector})
+        if self.wide_vector is not None:
+            self.wide_vector.marks_R = marks_R
         rows = {table.name: table.rows for table in (*self.layout.deep, *self.layout.wide)}
         self.changed = {name: in_vector.get(name) or ChangedRows(count, device) for name, count in rows.items()}
         """By feature or cross: the rows that may have changed since `mark_saved`, in whichever of its tables. Each of several
-        processes knows those that it looked up itself."""
+        processes knows those that it looked up itself, and of wide weights in a vector those that it stepped."""
 
     def mark_saved(self) -> None:
         """What is looked up to be learned from here on has changed."""
@@ -309,14 +310,11 @@ class EmbeddingTables(nn.Module):
                 filling.take(piece)
         filling.require_whole()
 
-    def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor, vector: WideWeights | None) -> None:
-        """Rows that a backward pass will step. A feature's embeddings and wide weights are mostly looked up alike."""
+    def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> None:
+        """Rows that a backward pass will step, but for those that `WideWeights` marks itself. A feature's embeddings and wide
+        weights are mostly looked up alike."""
         alike = wide.values().data_ptr() == deep.values().data_ptr() and wide.keys() == deep.keys()
-        by_table = [] if alike else [deep]
-        if vector is not None:
-            self._vector_marks.index_fill_(0, vector.places(wide), True)
-        else:
-            by_table.append(wide)
+        by_table = ([] if alike else [deep]) + ([wide] if self.wide_vector is None else [])
         for ids in by_table:
             for key, rows in zip(ids.keys(), ids.values().split(ids.length_per_key()), strict=True):
                 self.changed[self.layout.table_of[key]].add(rows)

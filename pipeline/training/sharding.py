@@ -159,11 +159,11 @@ def _needs(plan: ShardingPlan, rank: int, sparse_optimizer: SparseOptimizer) -> 
 
 
 def _whole_needs(layout: TableLayout, sparse_optimizer: SparseOptimizer, device: torch.device) -> Iterator[_Need]:
-    """Of all tables; on a CPU a wide weight has its sum of squares and the sum of a step's gradients beside it."""
+    """Of all tables; on a CPU a wide weight has its sum of squares beside it, and nothing else."""
     for table in layout.deep:
         yield _need(f"deep_{table.name}", "deep", table.rows, table.dim, sparse_optimizer)
     for table in layout.wide:
-        columns = 2 if device.type == "cpu" else WIDE_DIM
+        columns = 1 if device.type == "cpu" else WIDE_DIM
         yield _need(f"wide_{table.name}", "wide", table.rows, columns, sparse_optimizer)
 
 

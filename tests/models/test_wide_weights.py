@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from models import wide_weights
 from models.embeddings import EmbeddingTables, Unfilled, fused_wide_tables
 from models.tables import Table, TableLayout
-from models.wide_weights import WideWeights
+from models.wide_weights import WideWeights, _distinct
 
 ROWS = {"user": 11, "item": 5, "user x item": 40}
 TABLES = tuple(Table(name=name, rows=rows, dim=1, lookups=(name,)) for name, rows in ROWS.items())
@@ -67,17 +66,29 @@ def test_lookups_and_steps_equal_those_of_torch(seed: int, size: int, longest: i
             torch.testing.assert_close(squares_R1, optimizer.state[weight]["sum"], rtol=1e-4, atol=1e-6)
 
 
-def test_many_ids_and_few_are_stepped_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for share in (0.0, float("inf")):
-        monkeypatch.setattr(wide_weights, "SPARSE_SHARE", share)
-        rng, wide = np.random.default_rng(3), _wide()
-        for _ in range(4):
-            _step(wide, _ids(rng, 25, longest=3), torch.from_numpy(rng.normal(size=(25, 3)).astype(np.float32)))
-        found.append(_state(wide))
-    for name, first in found[0].items():
-        assert torch.equal(first, found[1][name])
-        assert bool((first != 0).any())
+@given(
+    places=st.lists(st.integers(0, 2**40 - 1) | st.integers(0, 3), max_size=40), keys=st.integers(1, 3), seed=st.integers(0, 9)
+)
+def test_distinct_places_are_those_of_torch(places: list[int], keys: int, seed: int) -> None:
+    places_N = torch.tensor(places, dtype=torch.long)
+    shuffled = [places_N[torch.from_numpy(np.random.default_rng([seed, key]).permutation(len(places)))] for key in range(keys)]
+    places_KN = torch.stack([own + (key << 40) for key, own in enumerate(shuffled)])
+    for own, known in zip(_distinct(places_KN), torch.unique(places_KN.view(-1), return_inverse=True), strict=True):
+        assert torch.equal(own, known)
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_weights_are_marked_where_they_are_looked_up_to_be_learned_only(longest: int) -> None:
+    rng, wide = np.random.default_rng(2), _wide()
+    learned, predicted = (_ids(rng, 4, longest=longest) for _ in range(2))
+    wide.marks_R = torch.zeros(sum(ROWS.values()), dtype=torch.bool)
+    with torch.no_grad():
+        wide(predicted)
+    assert not wide.marks_R.any()
+    _step(wide, learned, torch.ones(4, len(ROWS)))
+    touched = torch.cat([squares_R1.view(-1) > 0 for _, _, squares_R1 in wide.parts()])
+    assert touched.any()
+    assert torch.equal(wide.marks_R, touched)
 
 
 def test_fused_tables_learn_the_same() -> None:
@@ -134,8 +145,7 @@ def test_keys_in_another_order_are_refused() -> None:
         _wide()(ids)
 
 
-def test_weights_of_ones_may_be_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide_weights, "SPARSE_SHARE", float("inf"))
+def test_weights_of_ones_may_be_passed_by() -> None:
     found = []
     for weighted in (True, False):
         rng = np.random.default_rng(8)
@@ -152,12 +162,8 @@ def test_weights_of_ones_may_be_passed_by(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("longest", [1, 3])
-@pytest.mark.parametrize("share", [0.0, float("inf")])
-def test_what_changes_between_a_lookup_and_its_step_is_stepped_as_it_then_is(
-    longest: int, share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_changes_between_a_lookup_and_its_step_is_stepped_as_it_then_is(longest: int) -> None:
     """Two lookups of some of the same ids before the step of either; and rows that start anew in between."""
-    monkeypatch.setattr(wide_weights, "SPARSE_SHARE", share)
     rng = np.random.default_rng(4)
     first, second = _ids(rng, 12, longest=longest), _ids(rng, 12, longest=longest)
     gradient_BK = torch.from_numpy(rng.normal(size=(12, 3)).astype(np.float32))
