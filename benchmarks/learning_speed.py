@@ -5,7 +5,8 @@ Out: one table: rows a second by wall time, CPU seconds, ratios to Vowpal Wabbit
 
 Ours: the windows of a click log, one update after the other, as `run_update` learns them: find the window, read it and verify
 checksums, hash ids, take counters and histories as of before it, encode, learn, count the window in. Evaluation, checkpoint and
-publishing are not in it: Vowpal Wabbit has none. Once with the data set as declared, once without histories.
+publishing are not in it: Vowpal Wabbit has none. Once with the data set as declared, once without histories, and once as a
+linear model (`model.kind = "linear"`), which is what Vowpal Wabbit without crosses learns.
 
 Vowpal Wabbit: the same rows with the same ids and the same counters as text, written before the clock starts, one file for the
 hours of a repetition. Its own parser reads the file and its own driver learns, in a thread each, through the binding's
@@ -56,9 +57,13 @@ from pipeline.training.room import keep_freed_memory
 LONG_AFTER = datetime(2100, 1, 1, tzinfo=UTC)
 CROSSES: tuple[Cross, ...] = (("user_id", "item_id"), ("user_id", "author_id"))
 HISTORY = 50
-AS_DECLARED, WITHOUT_HISTORIES = "ours, brunch.toml as it is", "ours, counters without histories"
+AS_DECLARED, WITHOUT_HISTORIES, LINEAR = "ours, brunch.toml as it is", "ours, counters without histories", "ours, linear"
 PLAIN, CROSSED, WITH_HISTORY = "vw", "vw, crosses, --ftrl", "vw, crosses, --ftrl, history"
-WANTED = {AS_DECLARED: (0.5, (PLAIN, CROSSED, WITH_HISTORY)), WITHOUT_HISTORIES: (1.0, (PLAIN, CROSSED))}
+WANTED = {
+    AS_DECLARED: (0.5, (PLAIN, CROSSED, WITH_HISTORY)),
+    WITHOUT_HISTORIES: (1.0, (PLAIN, CROSSED)),
+    LINEAR: (1.0, (PLAIN,)),
+}
 """Of Vowpal Wabbit's rows a second; only the last of its lines has what `brunch.toml` has."""
 
 
@@ -72,6 +77,7 @@ def main() -> None:
         ours = {
             AS_DECLARED: Ours(log, spec, folder, settings),
             WITHOUT_HISTORIES: Ours(log, spec.model_copy(update={"history": None}), folder, settings),
+            LINEAR: Ours(log, spec.linear(), folder, [*settings, "model.kind=linear"]),
         }
         peers = {
             PLAIN: FromText(spec, folder / "plain"),
