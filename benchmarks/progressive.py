@@ -37,6 +37,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32
+from pipeline.config import load_config, spec_of
 
 SMALLEST = 1e-6
 """Probabilities are cut to [1e-6, 1 - 1e-6] before they are judged."""
@@ -74,7 +75,8 @@ class Line:
 def main() -> None:
     options = _command_line()
     torch.set_num_threads(1)
-    streams = load_streams(options.dataset, data=options.data, spec_path=options.spec, hours=options.hours)
+    spec = spec_of(load_config(None, [f"dataset={options.spec or options.dataset}", *options.set]))
+    streams = load_streams(options.dataset, spec, data=options.data, hours=options.hours)
     for stream in streams:
         warmup = stream.warmup_hours if options.warmup is None else options.warmup
         judge = Judge(stream, warmup, options.search_hours or stream.search_hours)

@@ -121,7 +121,7 @@ class FileDialect(_Declared):
 
 
 class Categorical(_Declared):
-    """One id, or a list of ids, looked up in an embedding table of its own."""
+    """One id, or a list of ids, looked up in an embedding table of its own, unless `embedding_dim` is 0."""
 
     name: Name
     """Name in the click log and in requests to the published model."""
@@ -161,6 +161,11 @@ class Categorical(_Declared):
     def _derived_is_single(self) -> Self:
         if self.from_time and (self.many or self.column):
             raise ValueError(f"{self.name!r} is derived from the time: leave out 'many' and 'column'")
+        if self.from_time and not self.embedding_dim:
+            raise ValueError(
+                f"{self.name!r} is derived from the time and has no wide weight, so that nothing would be learned of it with "
+                "embedding_dim = 0; leave it out, or give it one of 4 or more"
+            )
         return self
 
     @model_validator(mode="after")
@@ -423,13 +428,14 @@ class DatasetSpec(_Declared):
         return self.label is not None or self.clicks is not None
 
     def linear(self) -> "DatasetSpec":
-        """The same for a linear model: without embeddings, and so without histories, which are pools of them.
+        """The same for a linear model: without embeddings, and so without histories, which are pools of them, and without
+        features derived from the time, which have nothing else.
 
         >>> linear = load_spec("brunch").linear()
-        >>> {feature.embedding_dim for feature in linear.categorical}, linear.history, len(linear.counters)
-        ({0}, None, 5)
+        >>> [(feature.name, feature.embedding_dim) for feature in linear.categorical], linear.history
+        ([('user_id', 0), ('item_id', 0), ('author_id', 0)], None)
         """
-        without = tuple(feature.model_copy(update={"embedding_dim": 0}) for feature in self.categorical)
+        without = tuple(feature.model_copy(update={"embedding_dim": 0}) for feature in self.logged_categorical())
         return self.model_copy(update={"categorical": without, "history": None})
 
     def logged_categorical(self) -> Iterator[Categorical]:

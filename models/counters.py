@@ -103,14 +103,14 @@ class CounterBank:
         now = max(hour, int(examples.hour_R.max(initial=hour)))
         key_U, place_R = distinct(keys_over(examples, self.counter.over))
         slots_U, fresh_U, num_evicted = self._index.find_or_add(key_U, now)
+        stored_U = slots_U >= 0
         counts_UK, before_U = self._counts_SK.take(slots_U, axis=0, mode="clip"), self._hour_S.take(slots_U, mode="clip")
-        counts_UK[fresh_U], before_U[fresh_U] = 0, now
+        counts_UK[fresh_U], before_U[fresh_U | ~stored_U] = 0, now
         hour_U = np.maximum(before_U, now)
         left_UK = self._decay(hour_U - before_U)
         if left_UK is not None:
             counts_UK *= left_UK
         counts_UK += self._counted(examples, hour_U, place_R)
-        stored_U = slots_U >= 0
         kept = slice(None) if stored_U.all() else stored_U
         self._counts_SK[slots_U[kept]] = counts_UK[kept]
         self._hour_S[slots_U[kept]] = hour_U[kept]

@@ -158,7 +158,7 @@ def _one_row_each(tables: Sequence[Table], gradients: Sequence[RowGradients]) ->
     rows = {of.table: of.rows_U for of in gradients}
     size = max((len(rows_U) for rows_U in rows.values()), default=1)
     none = next(iter(rows.values())).new_empty(0) if rows else torch.empty(0, dtype=torch.long)
-    values, lengths, keys = [], [], []
+    keys, values, lengths = [], [none], [none.int()]
     for table in tables:
         for key in table.lookups:
             own = rows.get(table.name, none) if key == table.lookups[0] else none

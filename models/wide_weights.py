@@ -76,7 +76,7 @@ class WideWeights(nn.Module):
             start += table.rows
 
     def look_up(self, ids: KeyedJaggedTensor) -> "Found":
-        """Where the weights of these ids stand, and what they are now."""
+        """Where the weights of these ids stand, and what they are now; they are marked where gradients are asked for."""
         place_U, of_V = _distinct(self._places(ids))
         if self.marks_R is not None and torch.is_grad_enabled():
             self.marks_R.index_fill_(0, place_U, True)

@@ -69,8 +69,9 @@ class ModelConfig(_Part):
     """The network over the embeddings."""
 
     kind: ModelKind = "deepfm"
-    """How embeddings interact: DLRM (Naumov et al. 2019), DCNv2 (Wang et al. 2021) or DeepFM (Guo et al. 2017). `linear`: there
-    are none, nor histories, which are pools of them; a weight an id, a cross and a dense column, as Vowpal Wabbit has them."""
+    """How embeddings interact: DLRM (Naumov et al. 2019), DCNv2 (Wang et al. 2021) or DeepFM (Guo et al. 2017). `linear`: a
+    weight an id, a cross and a dense column, as Vowpal Wabbit has them; no embeddings, so neither histories nor the time of
+    day, which have nothing else."""
     hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (128, 64)
     """Sizes of the hidden layers of the top network."""
     interaction_dim: Annotated[int, Field(ge=4)] = 16
@@ -663,14 +664,28 @@ def spec_of(config: UpdateConfig) -> DatasetSpec:
         SpecError: the data set is unknown, or its declaration is wrong.
     """
     spec = load_spec(config.dataset)
-    if config.model.kind == "linear":
-        return spec.linear()
-    if not any(feature.embedding_dim for feature in spec.categorical):
+    spec = spec.linear() if config.model.kind == "linear" else spec
+    require_embeddings(config.model.kind, spec)
+    return spec
+
+
+def require_embeddings(kind: ModelKind, spec: DatasetSpec) -> None:
+    """A linear model has none, and every other one some.
+
+    Raises:
+        ConfigError: it is otherwise.
+    """
+    embedded = [feature.name for feature in spec.categorical if feature.embedding_dim]
+    if kind == "linear" and embedded:
         raise ConfigError(
-            f"model.kind = {config.model.kind!r} needs embeddings, and every feature of {spec.name!r} has embedding_dim = 0; "
+            f"model.kind = 'linear' learns a declaration without embeddings, and {embedded} of {spec.name!r} have one; take it "
+            "from `spec_of`, or set embedding_dim = 0"
+        )
+    if kind != "linear" and not embedded:
+        raise ConfigError(
+            f"model.kind = {kind!r} needs embeddings, and every feature of {spec.name!r} has embedding_dim = 0; "
             "set model.kind = 'linear', or give a feature an embedding_dim of 4 or more"
         )
-    return spec
 
 
 def overridden(config: UpdateConfig, overrides: Sequence[str]) -> UpdateConfig:

@@ -35,7 +35,7 @@ from models.widening import (
     refuse_first_dense_columns,
     widen,
 )
-from pipeline.config import ModelConfig, UpdateConfig
+from pipeline.config import ModelConfig, UpdateConfig, require_embeddings
 from pipeline.data.encode import (
     EncodedWindow,
     dense_columns,
@@ -462,17 +462,17 @@ def _evidence(kept: Mapping[str, npt.NDArray[Any]], champion: int | None) -> Evi
 
 def _check_fit(manifest: Manifest, config: UpdateConfig, spec: DatasetSpec) -> None:
     way_out = "start a new model under another model_name, or go back to the settings it was trained with"
+    if manifest.model_fingerprint != model_fingerprint(config):
+        raise SpecMismatch(
+            f"model {config.model_name!r} in {config.model_dir} has another architecture or optimizer than the settings "
+            f"[model] and [training] ask for; {way_out}"
+        )
     grows = manifest.spec is not None and additions(manifest.spec, spec) is not None
     if manifest.spec_fingerprint != spec.fingerprint() and not grows:
         raise SpecMismatch(
             f"model {config.model_name!r} in {config.model_dir} was trained on spec {manifest.dataset!r} "
             f"({manifest.spec_fingerprint}), not on {spec.name!r} ({spec.fingerprint()}): its features differ by more than "
             f"added ones; {way_out}"
-        )
-    if manifest.model_fingerprint != model_fingerprint(config):
-        raise SpecMismatch(
-            f"model {config.model_name!r} in {config.model_dir} has another architecture or optimizer than the settings "
-            f"[model] and [training] ask for; {way_out}"
         )
 
 
@@ -485,6 +485,7 @@ def _model(
     gated: bool = False,
     new: bool,
 ) -> CtrModel:
+    require_embeddings(config.model.kind, spec)
     layout = table_layout(spec)
     spread = partial(
         spread_tables,

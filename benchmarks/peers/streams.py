@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_schemas.click_log import validate
-from data_schemas.dataset import DatasetSpec, load_spec
+from data_schemas.dataset import DatasetSpec
 from data_schemas.examples import F32
 from models.memory import Memory
 from peers.contender import Hour
@@ -52,13 +52,15 @@ class _Piece:
     true_probability_R: F32 | None = None
 
 
-def load_streams(dataset: str, *, data: Path | None, spec_path: str | None, hours: int | None) -> Iterator[Stream]:
+def load_streams(dataset: str, spec: DatasetSpec, *, data: Path | None, hours: int | None) -> Iterator[Stream]:
     """The data set's streams, one after the other; `hours` cuts each.
+
+    Args:
+        spec: what is made of its columns.
 
     Raises:
         SystemExit: the data are not there.
     """
-    spec = load_spec(spec_path or dataset)
     match dataset:
         case "brunch":
             folder = _existing(data or DATA / "brunch/impressions")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import ConfigError
 from pipeline.comparison.run import StrategyRun, run_strategy
-from pipeline.comparison.strategies import Strategy, refuse_unheeded
+from pipeline.comparison.strategies import Strategy, refuse_unheeded, require_same_inputs
 from pipeline.comparison.stream import RecordedWindow
 from pipeline.comparison.together import run_on_processes
 from pipeline.config import UpdateConfig, overridden
@@ -69,6 +69,7 @@ def _config_of(config: UpdateConfig, strategy: Strategy) -> UpdateConfig:
     try:
         own = overridden(config, strategy.overrides)
         refuse_unheeded(own)
+        require_same_inputs(own.model.kind, config.model.kind)
     except ConfigError as error:
         raise ConfigError(f"strategy {strategy.name!r}: {error}") from error
     return own

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_schemas.errors import ConfigError
-from pipeline.config import UpdateConfig
+from pipeline.config import ModelKind, UpdateConfig
 
 REFERENCE = "fixed 512"
 """What the others are measured against, unless another is named."""
@@ -127,6 +127,19 @@ def refuse_unheeded(config: UpdateConfig) -> None:
         raise ConfigError(
             f"training.threads = {config.training.threads} is not heeded by a comparison: its runs have one thread each, so "
             "that they can go side by side and CPU seconds mean the same in all; leave training.threads at auto"
+        )
+
+
+def require_same_inputs(kind: ModelKind, of_all: ModelKind) -> None:
+    """All strategies learn one recording, which a linear model's has no embeddings and histories in.
+
+    Raises:
+        ConfigError: one model of both is linear.
+    """
+    if kind != of_all and "linear" in (kind, of_all):
+        raise ConfigError(
+            f"model.kind = {kind!r} cannot be set beside {of_all!r}: all strategies learn one recording, and a linear model's "
+            "has no embeddings and no histories; set model.kind for the whole comparison, and compare its table with another's"
         )
 
 

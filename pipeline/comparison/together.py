@@ -42,7 +42,7 @@ def run_on_processes(strategy: str, config: UpdateConfig, *, seed: int, recorded
 def take_part(strategy: str, settings: dict[str, Any], seed: int, recorded_by: dict[str, Any], hours: int) -> Any:
     """One of the processes; returns what JSON can carry."""
     config, recording = UpdateConfig(**settings), UpdateConfig(**recorded_by)
-    spec = spec_of(config)
+    spec = spec_of(recording)
     stream = recorded_stream(recording, spec, hours=hours)
     return _RUN.dump_python(run_strategy(strategy, config, spec, stream, seed=seed), mode="json")
 

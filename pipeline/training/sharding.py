@@ -159,7 +159,7 @@ def _needs(plan: ShardingPlan, rank: int, sparse_optimizer: SparseOptimizer) -> 
 
 
 def _whole_needs(layout: TableLayout, sparse_optimizer: SparseOptimizer, device: torch.device) -> Iterator[_Need]:
-    """Of all tables; on a CPU a wide weight has its sum of squares beside it, and nothing else."""
+    """Of all tables; on a CPU a wide weight has its sum of squares beside it, and nothing else as large."""
     for table in layout.deep:
         yield _need(f"deep_{table.name}", "deep", table.rows, table.dim, sparse_optimizer)
     for table in layout.wide:

@@ -75,6 +75,11 @@ def test_a_spec_is_found_by_path_and_lists_the_columns_that_a_file_needs(tmp_pat
         ('type = "integer"', "capacity = 0", ["categorical.0.capacity", "greater than or equal to 2", "got 0"]),
         ('type = "integer"', "embedding_dim = 6", ["categorical.0.embedding_dim"]),
         ('type = "integer"', "embedding_dim = -4", ["categorical.0.embedding_dim", "-4"]),
+        (
+            'from_time = "hour_of_day"',
+            'from_time = "hour_of_day"\nembedding_dim = 0',
+            ["categorical.2", "hour", "nothing would"],
+        ),
         ('type = "integer"', "colour = 3", ["categorical.0.colour", "unknown"]),
         ('user = "user_id"', 'user = "tags"', ["user", "tags", "user_id"]),
         ('name = "tags"', 'name = "user_id"', ["user_id", "2 times"]),

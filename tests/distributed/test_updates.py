@@ -45,6 +45,7 @@ def test_every_way_to_spread_tables_learns_as_one_process_does_and_another_numbe
 @slow
 @pytest.mark.parametrize("sharding", ["auto", "column_wise", "data_parallel"])
 def test_a_linear_model_is_spread_over_processes_too(day: Any, sharding: str) -> None:
+    """Adagrad by coordinate is what columns can be cut with, though a linear model has no row to cut."""
     linear = ("model.kind=linear", "training.sparse_optimizer=adagrad")
     alone, together = day.updated("one", 1, *linear), day.updated("many", 2, *linear, f"processes.sharding={sharding}")
     day.assert_same(together, alone)

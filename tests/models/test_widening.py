@@ -56,13 +56,14 @@ def test_tables_that_are_new_are_named() -> None:
 @pytest.mark.parametrize(
     ("old_linear", "new_linear"), [((), ()), (("ctr",), ("ctr",)), ((), ("age",)), (("ctr",), ("age", "ctr"))]
 )
-@pytest.mark.parametrize("kind", ["deepfm", "dcnv2", "dlrm"])
+@pytest.mark.parametrize("kind", ["deepfm", "dcnv2", "dlrm", "linear"])
 def test_a_widened_network_answers_as_the_old_one_whatever_the_new_inputs_are(
     kind: str, old_linear: tuple[str, ...], new_linear: tuple[str, ...]
 ) -> None:
     """The old spec's inputs stand at other places in the new one; the new inputs are random."""
     torch.manual_seed(0)
-    before, after = table_layout(SMALL), table_layout(LARGE)
+    small, large = (SMALL.linear(), LARGE.linear()) if kind == "linear" else (SMALL, LARGE)
+    before, after = table_layout(small), table_layout(large)
     old_names, new_names = ["ctr", "clicks"], ["price", "clicks", "age", "ctr", "missing(price)"]
     old_shape, gated = shape(kind), shape(kind, gated=kind == "deepfm")
     old = DenseNet(old_shape, before, len(old_names), [old_names.index(name) for name in old_linear])
@@ -79,7 +80,7 @@ def test_a_widened_network_answers_as_the_old_one_whatever_the_new_inputs_are(
         for name, parameter in new.named_parameters():
             if name in widened:
                 parameter.copy_(widened[name])
-    assert after.deep_keys[:3] == ["place", "user", "item"]
+    assert after.deep_keys[:3] == ([] if kind == "linear" else ["place", "user", "item"])
     deep_BS, dense_BN, wide_BW = torch.randn(20, sum(after.deep_dims)), torch.randn(20, 5), torch.randn(20, 3)
     answers = new(deep_BS, wide_BW, dense_BN)
     torch.testing.assert_close(answers, old(deep_BS[:, 4:16], wide_BW, dense_BN[:, [3, 1]]), rtol=1e-5, atol=1e-5)

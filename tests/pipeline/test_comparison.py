@@ -126,6 +126,14 @@ def test_threads_that_a_run_would_not_have_are_refused(config: UpdateConfig) -> 
         jobs_of(config, [Strategy(name="quick", overrides=("training.threads=4",))], 2)
 
 
+@pytest.mark.parametrize(("of_all", "own"), [("deepfm", "linear"), ("linear", "dcnv2")])
+def test_a_linear_model_is_not_compared_with_others_on_one_recording(config: UpdateConfig, of_all: str, own: str) -> None:
+    settings = overridden(config, [f"model.kind={of_all}"])
+    jobs_of(settings, [Strategy(name="same", overrides=(f"model.kind={of_all}",))], 2)
+    with pytest.raises(ConfigError, match=rf"strategy 'other': model\.kind = '{own}' cannot be set beside '{of_all}'"):
+        jobs_of(settings, [Strategy(name="other", overrides=(f"model.kind={own}",))], 2)
+
+
 def test_overridden_settings_keep_all_others(config: UpdateConfig) -> None:
     changed = overridden(config, ["training.batch_size=8"])
     assert changed.training.batch_size == 8

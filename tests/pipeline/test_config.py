@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_schemas.dataset import DATASETS_FOLDER, load_spec
 from data_schemas.errors import ConfigError, SpecError
-from pipeline.config import UpdateConfig, load_config, spec_of
+from pipeline.config import UpdateConfig, load_config, require_embeddings, spec_of
 
 SHIPPED = (DATASETS_FOLDER / "movielens.toml").read_text(encoding="utf-8")
 assert "[settings" not in SHIPPED
@@ -199,11 +199,15 @@ def test_an_unknown_data_set_is_a_wrong_declaration(dataset: str) -> None:
 def test_a_linear_model_has_no_embeddings_and_the_others_need_one(tmp_path: Path) -> None:
     own = ["dataset=brunch", "model.kind=linear"]
     declared, linear = load_spec("brunch"), spec_of(load_config(overrides=own))
-    assert not any(feature.embedding_dim for feature in linear.categorical)
-    assert linear.history is None
+    assert [(feature.name, feature.embedding_dim) for feature in linear.categorical] == [
+        ("user_id", 0), ("item_id", 0), ("author_id", 0),
+    ]  # fmt: skip
     assert linear == declared.model_copy(update={"categorical": linear.categorical, "history": None})
     assert spec_of(load_config(overrides=own[:1])) == declared
-    bare = SHIPPED.replace("[[categorical]]\n", "[[categorical]]\nembedding_dim = 0\n")
+    with pytest.raises(ConfigError, match=r"'linear' learns a declaration without embeddings, and \['user_id', 'item_id',"):
+        require_embeddings("linear", declared)
+    bare = (DATASETS_FOLDER / "criteo.toml").read_text(encoding="utf-8")
+    bare = bare.replace("[[categorical]]\n", "[[categorical]]\nembedding_dim = 0\n")
     (tmp_path / "bare.toml").write_text(bare, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"model\.kind = 'deepfm' needs embeddings.*set model\.kind = 'linear'"):
         spec_of(load_config(overrides=[f"dataset={tmp_path / 'bare.toml'}"]))

@@ -1,7 +1,7 @@
 """Clipping and averaging row by row: against dense references that know nothing of sparse rows."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -48,11 +48,13 @@ def window(spec: DatasetSpec, small_examples: MakeExamples) -> EncodedWindow:
     return encode(examples.with_weights(weights), spec, memory, None, hour=1)
 
 
-def _learner(spec: DatasetSpec, processes: Processes | None = None, **training: Any) -> Learner:
+def _learner(
+    spec: DatasetSpec, processes: Processes | None = None, kind: Literal["deepfm", "linear"] = "deepfm", **training: Any
+) -> Learner:
     plain = {"sparse_step_rows": 0, "sparse_learning_rate": RATE, "wide_learning_rate": RATE, "weight_ema": 0.0}
     config = TrainingConfig(**{**plain, **training})
     model = build_model(
-        architecture(ModelConfig(kind="deepfm", hidden=(16, 8), interaction_dim=8)),
+        architecture(ModelConfig(kind=kind, hidden=(16, 8), interaction_dim=8)),
         table_layout(spec),
         num_dense=num_dense_columns(spec),
         sparse_optimizer=config.sparse_optimizer,
@@ -178,6 +180,23 @@ def test_a_bound_that_never_binds_changes_nothing_where_every_row_has_one_id_of_
     others = _tables(by_row)
     for name, tensor in _tables(fused).items():
         torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_a_linear_model_steps_by_row_as_it_does_at_once(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
+    """It has no embeddings to clip; averages of nothing before and weights by themselves are what they are of."""
+    spec = small_spec.linear()
+    window = encode(small_examples(400), spec, Memory(spec), None, hour=0)
+    at_once = _learner(spec, kind="linear")
+    start = _tables(at_once)
+    _pass(at_once, window)
+    for settings in ({"cowclip": True}, {"sparse_gradient_ema": 1e-6}, {"sparse_weight_ema": 0.5}):
+        by_row = _learner(spec, kind="linear", **settings)
+        _pass(by_row, window)
+        assert by_row.sparse_step.rows_stepped == 0
+        others = _tables(by_row)
+        for name, tensor in _tables(at_once).items():
+            assert not torch.equal(tensor, start[name])
+            torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_an_id_seen_more_often_may_have_a_longer_gradient() -> None:

@@ -376,8 +376,8 @@ def test_a_new_feature_keeps_the_trained_model_and_starts_from_zero_effect(
 ) -> None:
     smaller = GROWN[: GROWN.index('[[categorical]]\nname = "hour_of_day"')] + GROWN[GROWN.index("[[numeric]]") :]
     smaller = smaller[: smaller.index('[[counters]]\nover = ["user", "item"]')]
-    notes = {"feature hour_of_day", "cross user x item", "counter of user, item", "age of item"}
-    notes |= {"history of item"} if kind != "linear" else set()
+    notes = {"cross user x item", "counter of user, item", "age of item"}
+    notes |= {"feature hour_of_day", "history of item"} if kind != "linear" else set()
     _check_growth(config, tmp_path, (smaller, TOML), notes, kind=kind, smoothed=smoothed)
 
 
@@ -459,6 +459,39 @@ def _predicted(by: ModelState | Predictor, config: UpdateConfig, spec: DatasetSp
     encoded = encode(examples, spec, by.memory, by.moments, hour=window.start, ids=by.ids)
     learner = by.learner
     return probabilities(learner.model, learner.dense_weights(averaged=True), encoded, device=learner.device)
+
+
+def test_some_features_may_have_no_embedding(config: UpdateConfig, tmp_path: Path) -> None:
+    """Their wide weights are learned and served all the same."""
+    shallow = 'name = "user"\ntype = "integer"\ncapacity = 42\nembedding_dim = '
+    assert f"{shallow}8" in TOML
+    (tmp_path / "tiny.toml").write_text(TOML.replace(f"{shallow}8", f"{shallow}0"))
+    for hour in range(3):
+        _write_hour(config, hour)
+    _ingest(config)
+    spec = spec_of(config)
+    for kind in ("deepfm", "dcnv2", "dlrm"):
+        own = config.model_copy(update={"model": config.model.model_copy(update={"kind": kind}), "model_name": kind})
+        _learn_all(own)
+        state = restore_or_create(own, spec, Processes())
+        weights = {piece.name: piece.tensor for piece in state.learner.model.tables.slices(with_optimizer=False)}
+        assert "deep.user.weight" not in weights
+        assert weights["wide.user.weight"].any()
+        export_predictor(state, spec, own.model, tmp_path / kind)
+        served = load_predictor(tmp_path / kind)
+        np.testing.assert_array_equal(_predicted(served, own, spec), _predicted(state, own, spec))
+
+
+@pytest.mark.parametrize(("before", "after"), [("deepfm", "linear"), ("linear", "deepfm"), ("deepfm", "dlrm")])
+def test_another_kind_of_model_is_refused_as_what_it_is(config: UpdateConfig, before: str, after: str) -> None:
+    _write_hour(config, 0)
+    _ingest(config)
+    first, second = (
+        config.model_copy(update={"model": config.model.model_copy(update={"kind": kind})}) for kind in (before, after)
+    )
+    _learn_all(first)
+    with pytest.raises(SpecMismatch, match="has another architecture or optimizer"):
+        run_update(second)
 
 
 def test_a_feature_that_is_taken_away_is_refused(config: UpdateConfig, tmp_path: Path) -> None:
