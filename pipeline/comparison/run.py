@@ -54,7 +54,10 @@ class Probing:
     rows: int = 1_000
     """Of the probe, at most."""
     places: int = 8
-    """In a window, at most: after the step that reaches each eighth of its rows."""
+    """In a window, at most: after the step that reaches each eighth of its rows; 0: at its start alone."""
+
+
+USUALLY = Probing()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def run_strategy(
     stream: Sequence[RecordedWindow],
     *,
     seed: int,
-    probing: Probing = Probing(),
+    probing: Probing = USUALLY,
 ) -> StrategyRun:
     """Learns the stream with a new model of these settings, with one thread.
 

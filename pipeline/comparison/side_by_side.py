@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import ConfigError
-from pipeline.comparison.run import StrategyRun, run_strategy
+from pipeline.comparison.run import USUALLY, Probing, StrategyRun, run_strategy
 from pipeline.comparison.strategies import Strategy, refuse_unheeded, require_same_inputs
 from pipeline.comparison.stream import RecordedWindow
 from pipeline.comparison.together import run_on_processes
@@ -28,9 +28,10 @@ class Job:
     recorded_by: UpdateConfig
     """Those by which the stream was recorded."""
     seed: int
+    probing: Probing = USUALLY
 
 
-def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int) -> list[Job]:
+def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int, *, probing: Probing = USUALLY) -> list[Job]:
     """Every strategy with seeds 0 to `seeds` - 1, seed by seed, so that what slows the machine meets all strategies alike.
 
     Raises:
@@ -38,7 +39,9 @@ def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int) ->
     """
     configs = {strategy.name: _config_of(config, strategy) for strategy in strategies}
     return [
-        Job(strategy=name, config=own, recorded_by=config, seed=seed) for seed in range(seeds) for name, own in configs.items()
+        Job(strategy=name, config=own, recorded_by=config, seed=seed, probing=probing)
+        for seed in range(seeds)
+        for name, own in configs.items()
     ]
 
 
@@ -92,6 +95,8 @@ def _run_with_held(job: Job) -> StrategyRun:
 
 def _run(job: Job, spec: DatasetSpec, stream: Sequence[RecordedWindow]) -> StrategyRun:
     if job.config.processes.count == 1:
-        return run_strategy(job.strategy, job.config, spec, stream, seed=job.seed)
+        return run_strategy(job.strategy, job.config, spec, stream, seed=job.seed, probing=job.probing)
     hours = stream[-1].end - stream[0].start
-    return run_on_processes(job.strategy, job.config, seed=job.seed, recorded_by=job.recorded_by, hours=hours)
+    return run_on_processes(
+        job.strategy, job.config, seed=job.seed, probing=job.probing, recorded_by=job.recorded_by, hours=hours
+    )

@@ -4,11 +4,12 @@ Enters: a strategy's settings, and where the stream was recorded. Leaves: the `S
 figures of all. Each process encodes the stream anew from the click log, before its clock starts.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.comparison.run import StrategyRun, run_strategy
+from pipeline.comparison.run import Probing, StrategyRun, run_strategy
 from pipeline.comparison.stream import recorded_stream
 from pipeline.config import UpdateConfig, spec_of
 from pipeline.launch import run_together
@@ -17,7 +18,9 @@ from pipeline.training.processes import Patience
 _RUN = TypeAdapter(StrategyRun)
 
 
-def run_on_processes(strategy: str, config: UpdateConfig, *, seed: int, recorded_by: UpdateConfig, hours: int) -> StrategyRun:
+def run_on_processes(
+    strategy: str, config: UpdateConfig, *, seed: int, probing: Probing, recorded_by: UpdateConfig, hours: int
+) -> StrategyRun:
     """As `run_strategy`, by `config.processes.count` processes of this machine.
 
     Args:
@@ -31,6 +34,7 @@ def run_on_processes(strategy: str, config: UpdateConfig, *, seed: int, recorded
         "strategy": strategy,
         "settings": _plain(config),
         "seed": seed,
+        "probing": asdict(probing),
         "recorded_by": _plain(recorded_by),
         "hours": hours,
     }
@@ -39,12 +43,20 @@ def run_on_processes(strategy: str, config: UpdateConfig, *, seed: int, recorded
     return _RUN.validate_python(run_together(work, config.processes.count, arguments, patience=patience)[0])
 
 
-def take_part(strategy: str, settings: dict[str, Any], seed: int, recorded_by: dict[str, Any], hours: int) -> Any:
+def take_part(
+    strategy: str,
+    settings: dict[str, Any],
+    seed: int,
+    probing: dict[str, int],
+    recorded_by: dict[str, Any],
+    hours: int,
+) -> Any:
     """One of the processes; returns what JSON can carry."""
     config, recording = UpdateConfig(**settings), UpdateConfig(**recorded_by)
     spec = spec_of(recording)
     stream = recorded_stream(recording, spec, hours=hours)
-    return _RUN.dump_python(run_strategy(strategy, config, spec, stream, seed=seed), mode="json")
+    run = run_strategy(strategy, config, spec, stream, seed=seed, probing=Probing(**probing))
+    return _RUN.dump_python(run, mode="json")
 
 
 def _plain(config: UpdateConfig) -> dict[str, Any]:

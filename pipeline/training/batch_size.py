@@ -345,7 +345,7 @@ class PlannedSize:
         return best_size(
             "goodput" if left_out else self.how,
             remaining=remaining,
-            seconds_left=PLANNED_SHARE * (seconds_left - step_time.seconds(self.smallest)),
+            seconds_left=PLANNED_SHARE * seconds_left,
             step_time=step_time,
             noise_scale=self.noise.believed(TYPICAL_NOISE_SCALE),
             at_least=at_least,
