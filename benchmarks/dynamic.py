@@ -10,10 +10,9 @@ come to in them is left out; the others plan what to leave out.
 `--scaling` says, from that of the data set's own batch.
 
     python benchmarks/dynamic.py synthetic --seconds 1000
-    python benchmarks/dynamic.py synthetic --hours 8 --rows-per-hour 40000 --seconds 0.2
-    python benchmarks/dynamic.py brunch --hours 36 --seconds 1000
-    python benchmarks/dynamic.py brunch --hours 36 --seconds 0.12 --set training.sparse_step_rows=1024
-    python benchmarks/dynamic.py brunch --hours 144 --window-hours 24 --seconds 0.8 --fixed 512 1024 2048 4096
+    python benchmarks/dynamic.py synthetic --hours 24 --rows-per-hour 40000 --seconds 0.1
+    python benchmarks/dynamic.py brunch --hours 36 --seconds 1000 --fixed 128 256 512 1024
+    python benchmarks/dynamic.py brunch --hours 144 --window-hours 24 --seconds 0.8 --fixed 512 1024 2048
 """
 
 import argparse
@@ -27,13 +26,13 @@ from typing import get_args
 from large_batch import synthetic_stream
 from rich.console import Console
 
-from data_schemas.dataset import DatasetSpec, load_spec
+from data_schemas.dataset import DatasetSpec
 from pipeline.comparison.run import Probing
 from pipeline.comparison.side_by_side import jobs_of, run_jobs
 from pipeline.comparison.strategies import Strategy
 from pipeline.comparison.stream import RecordedWindow, recorded_stream
 from pipeline.comparison.summary import compare
-from pipeline.config import RateScaling, UpdateConfig, load_config
+from pipeline.config import RateScaling, UpdateConfig, load_config, spec_of
 from pipeline.data.ingest import ingest_landing
 from pipeline.data.lake import ClickLog, Quarantine
 from pipeline.publishing.comparison_report import as_terminal_table
@@ -42,8 +41,8 @@ BRUNCH = Path(__file__).parents[1] / "../shared/data/brunch/impressions"
 TOLERANCE = 0.001
 """AUC below the best fixed batch."""
 UNDISTURBED = Probing(places=0)
-"""Nothing is predicted in mid-pass, at each eighth of the rows that are passed by: it takes no time by the clock of a run, but
-empties caches for the step after it, and a pass that leaves rows out comes to all eighths."""
+"""No prediction in mid-pass, at each eighth of the rows that are passed by: its time is not counted, but it empties caches for
+the next step, most where a pass leaves rows out and so comes to all eighths."""
 
 
 def main() -> None:
@@ -66,7 +65,7 @@ def main() -> None:
     if options.dataset == "synthetic":
         opened = synthetic_stream(options.hours, options.rows_per_hour)
     else:
-        opened = _brunch(options.hours, options.window_hours)
+        opened = _brunch(options.hours, options.window_hours, options.set)
     with opened as (config, spec, stream):
         _compare(config, spec, stream, options)
 
@@ -103,7 +102,9 @@ def _compare(config: UpdateConfig, spec: DatasetSpec, stream: Sequence[RecordedW
 
 
 @contextmanager
-def _brunch(hours: int, window_hours: int) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[RecordedWindow]]]:
+def _brunch(
+    hours: int, window_hours: int, settings: Sequence[str]
+) -> Iterator[tuple[UpdateConfig, DatasetSpec, Sequence[RecordedWindow]]]:
     if not BRUNCH.is_dir():
         raise SystemExit(f"there is no folder {BRUNCH}")
     with tempfile.TemporaryDirectory() as folder:
@@ -117,8 +118,8 @@ def _brunch(hours: int, window_hours: int) -> Iterator[tuple[UpdateConfig, Datas
             "tracking.enabled=false",
             f"window.hours={window_hours}",
         ]
-        config = load_config(None, ["dataset=brunch", f"landing={landing}", f"state_dir={folder}/state", *fixed])
-        spec = load_spec("brunch")
+        config = load_config(None, ["dataset=brunch", f"landing={landing}", f"state_dir={folder}/state", *fixed, *settings])
+        spec = spec_of(config)
         log, quarantine = ClickLog.open_or_create(config.log_path, spec), Quarantine.open_or_create(config.quarantine_path)
         ingest_landing(str(landing), log, quarantine, spec, now=datetime.now(UTC))
         yield config, spec, recorded_stream(config, spec, hours=hours)

@@ -269,7 +269,7 @@ def _median(work: Callable[[], object]) -> float:
 
 def _what_lacks(folder: Path, ids: int, dim: int) -> str | None:
     """What is not free for a table of so many ids; None where all is."""
-    memory, disk = GIB + round(1.15 * ids * (4 * dim + 4 + 12 + 1)), GIB + 2 * ids * (4 * dim + 4 + 8)
+    memory, disk = GIB + round(1.15 * ids * (4 * dim + 4 + 8 + 1)), GIB + 2 * ids * (4 * dim + 4 + 8)
     free, room = free_bytes(torch.device("cpu")), shutil.disk_usage(folder).free
     if memory > free:
         return f"needs {memory / GIB:.1f} GiB of memory, {free / GIB:.1f} are free"

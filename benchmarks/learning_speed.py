@@ -6,7 +6,7 @@ Out: one table: rows a second by wall time, CPU seconds, ratios to Vowpal Wabbit
 Ours: the windows of a click log, one update after the other, as `run_update` learns them: find the window, read it and verify
 checksums, hash ids, take counters and histories as of before it, encode, learn, count the window in. Evaluation, checkpoint and
 publishing are not in it: Vowpal Wabbit has none. Once with the data set as declared, once without histories, and once as a
-linear model (`model.kind = "linear"`), which is what Vowpal Wabbit without crosses learns.
+linear model (`model.kind = "linear"`), which is what Vowpal Wabbit without crosses learns, but for the hour.
 
 Vowpal Wabbit: the same rows with the same ids and the same counters as text, written before the clock starts, one file for the
 hours of a repetition. Its own parser reads the file and its own driver learns, in a thread each, through the binding's

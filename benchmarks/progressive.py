@@ -75,7 +75,12 @@ class Line:
 def main() -> None:
     options = _command_line()
     torch.set_num_threads(1)
-    spec = spec_of(load_config(None, [f"dataset={options.spec or options.dataset}", *options.set]))
+    config = load_config(None, [f"dataset={options.spec or options.dataset}", *options.set])
+    if config.model.kind == "linear" and not set(options.only or NAMES) <= {"ours", "frozen"}:
+        raise SystemExit(
+            "a linear model is given neither histories nor the hour, which the peers shall have: run it with --only ours"
+        )
+    spec = spec_of(config)
     streams = load_streams(options.dataset, spec, data=options.data, hours=options.hours)
     for stream in streams:
         warmup = stream.warmup_hours if options.warmup is None else options.warmup

@@ -13,7 +13,7 @@ driver.
 
     pip install --no-deps -r requirements/peers.txt
     python benchmarks/throughput.py                      # about 12 minutes on two cores
-    python benchmarks/throughput.py --quick              # DeepFM at 4096, about 2 minutes
+    python benchmarks/throughput.py --quick              # DeepFM at 4096, and the linear model; about 2 minutes
     python benchmarks/throughput.py --models dlrm --batches 512,32768 --compile
 
 Each contender learns twice before the clock starts; the seconds of the first time, in which --compile compiles, are printed.
@@ -115,7 +115,7 @@ def _command_line() -> argparse.Namespace:
     cli.add_argument("--threads", type=int, default=0, help="for tensors; 0 for torch's own choice")
     cli.add_argument("--compile", action="store_true", help="ours through torch.compile")
     cli.add_argument("--no-vw", dest="vw", action="store_false", help="leave Vowpal Wabbit out")
-    cli.add_argument("--quick", action="store_true", help="DeepFM at batches of 4096")
+    cli.add_argument("--quick", action="store_true", help="DeepFM at batches of 4096, and the linear model")
     options = cli.parse_args()
     if options.quick:
         options.models, options.batches = ("deepfm",), (4096,)

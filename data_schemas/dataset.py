@@ -148,7 +148,7 @@ class Categorical(_Declared):
     least recently seen id gives way to a new one."""
     embedding_dim: Annotated[int, Field(ge=0, le=1024, multiple_of=4)] = 16
     """Length of an id's embedding; a multiple of 4, as the fused kernels need. 0: no embedding, the id has its wide weight
-    alone."""
+    alone; not with `from_time`, which has none."""
     from_time: Literal["hour_of_day", "hour_of_week"] | None = None
     """Derived from the event time instead of read from a column. One feature at least has to be logged."""
 

@@ -105,7 +105,7 @@ class CounterBank:
         slots_U, fresh_U, num_evicted = self._index.find_or_add(key_U, now)
         stored_U = slots_U >= 0
         counts_UK, before_U = self._counts_SK.take(slots_U, axis=0, mode="clip"), self._hour_S.take(slots_U, mode="clip")
-        counts_UK[fresh_U], before_U[fresh_U | ~stored_U] = 0, now
+        counts_UK[fresh_U], before_U[fresh_U | ~stored_U] = 0, now  # without a slot, what was taken is another key's
         hour_U = np.maximum(before_U, now)
         left_UK = self._decay(hour_U - before_U)
         if left_UK is not None:

@@ -210,7 +210,7 @@ class EmbeddingTables(nn.Module):
         rows = {table.name: table.rows for table in (*self.layout.deep, *self.layout.wide)}
         self.changed = {name: in_vector.get(name) or ChangedRows(count, device) for name, count in rows.items()}
         """By feature or cross: the rows that may have changed since `mark_saved`, in whichever of its tables. Each of several
-        processes knows those that it looked up to be learned; where each has a copy, those that all of them did."""
+        processes knows those that it looked up to be learned; of wide weights of which each has a copy, those of all."""
 
     def mark_saved(self) -> None:
         """What is looked up to be learned from here on has changed."""

@@ -4,9 +4,9 @@ Enters: ids of each table. Leaves: their weights; a backward pass through them s
 
 Fused tables look rows of at least four numbers up, each as often as it occurs, and sort the ids of a step to add the gradients
 of each row. Here the ids of a lookup are sorted first: memory is read and written once for each distinct one, in its own order,
-and all else happens in vectors as short as the distinct ids are many, which the processor's cache holds.
+and gradients are added up and weights stepped in vectors as short as the distinct ids are many, which a cache holds.
 
-Letters: R rows of all tables, K tables, B rows of the batch, V ids looked up, U distinct ones.
+Letters: R rows of all tables, K tables, B rows of the batch, V ids looked up, N of each table, U distinct ones of all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -75,14 +75,14 @@ class WideWeights(nn.Module):
             yield table.name, self.state_R2[own, :1], self.state_R2[own, 1:]
             start += table.rows
 
-    def look_up(self, ids: KeyedJaggedTensor) -> "Found":
+    def look_up(self, ids: KeyedJaggedTensor) -> "DistinctWeights":
         """Where the weights of these ids stand, and what they are now; they are marked where gradients are asked for."""
         place_U, of_V = _distinct(self._places(ids))
         if self.marks_R is not None and torch.is_grad_enabled():
             self.marks_R.index_fill_(0, place_U, True)
-        return Found(place_U=place_U, of_V=of_V, state_U2=self._at(place_U), version=self.state_R2._version)
+        return DistinctWeights(place_U=place_U, of_V=of_V, state_U2=self._at(place_U), version=self.state_R2._version)
 
-    def step(self, found: "Found", gradient_V: torch.Tensor) -> None:
+    def step(self, found: "DistinctWeights", gradient_V: torch.Tensor) -> None:
         """One step, with the gradients by what was looked up; `found` is used up."""
         is_as_it_was = self.state_R2._version == found.version  # counts what is changed in place, through views too
         state_U2 = found.state_U2 if is_as_it_was else self._at(found.place_U)
@@ -100,9 +100,9 @@ class WideWeights(nn.Module):
             return rows_V.view(len(counts), counts[0]) + self._first_K1
         return (rows_V + self._first_K1.view(-1).repeat_interleave(torch.tensor(counts))).unsqueeze(0)
 
-    def _at(self, places_U: torch.Tensor) -> torch.Tensor:
+    def _at(self, place_U: torch.Tensor) -> torch.Tensor:
         """`[U, 2]`: a copy of weights and sums of squares."""
-        return self._pairs_R.index_select(0, places_U).view(torch.float32).view(-1, 2)
+        return self._pairs_R.index_select(0, place_U).view(torch.float32).view(-1, 2)
 
     @property
     def _pairs_R(self) -> torch.Tensor:
@@ -111,7 +111,7 @@ class WideWeights(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class DistinctWeights:
     """What was looked up."""
 
     place_U: torch.Tensor
@@ -128,7 +128,9 @@ class _LookedUp(torch.autograd.Function):
     """Weights by id, whose backward pass steps them; the first argument only makes autograd call it."""
 
     @staticmethod
-    def forward(context: Any, anchor: torch.Tensor, wide: WideWeights, found: Found, ids: KeyedJaggedTensor) -> torch.Tensor:
+    def forward(
+        context: Any, anchor: torch.Tensor, wide: WideWeights, found: DistinctWeights, ids: KeyedJaggedTensor
+    ) -> torch.Tensor:
         weights_V = ids.weights_or_none() if wide.weighted else None
         num_ids, num_bags = len(found.of_V), len(ids.keys()) * ids.stride()
         lists = num_ids != num_bags or (wide.weighted and _some_have_none(ids.lengths()))
@@ -166,8 +168,8 @@ def _some_have_none(lengths: torch.Tensor) -> bool:
 
 
 def _distinct(places_KN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each place once, rising, and which of them each is. Numbers of place and position together are sorted, in a fifth of the
-    time of what sorts places and remembers where they stood.
+    """Each place once, rising, and which of them each is. Numbers of place and position together are sorted, which is quicker
+    than to sort places and remember where they stood.
 
     >>> _distinct(torch.tensor([[7, 3, 7], [9, 8, 8]]))
     (tensor([3, 7, 8, 9]), tensor([1, 0, 1, 3, 2, 2]))

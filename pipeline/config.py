@@ -679,7 +679,7 @@ def require_embeddings(kind: ModelKind, spec: DatasetSpec) -> None:
     if kind == "linear" and embedded:
         raise ConfigError(
             f"model.kind = 'linear' learns a declaration without embeddings, and {embedded} of {spec.name!r} have one; take it "
-            "from `spec_of`, or set embedding_dim = 0"
+            "from `spec_of`, or set embedding_dim = 0 and leave features of the time out"
         )
     if kind != "linear" and not embedded:
         raise ConfigError(

@@ -1,7 +1,8 @@
 """The streams of the comparison, as lists of hours that every system is fed.
 
-Enters: a data set's name. Leaves: `Hour`s in order of time, encoded as an update encodes them: counters, histories and
-normalisation know the earlier windows only. Everything is held in memory, about 1 KB a row where histories are declared.
+Enters: a data set's name and declaration. Leaves: `Hour`s in order of time, encoded as an update encodes them: counters,
+histories and normalisation know the earlier windows only. Everything is held in memory, about 1 KB a row where histories are
+declared.
 """
 
 import sys

@@ -57,7 +57,8 @@ class Probing:
     """In a window, at most: after the step that reaches each eighth of its rows; 0: at its start alone."""
 
 
-USUALLY = Probing()
+EVERY_EIGHTH = Probing()
+"""Of a comparison, unless it says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def run_strategy(
     stream: Sequence[RecordedWindow],
     *,
     seed: int,
-    probing: Probing = USUALLY,
+    probing: Probing = EVERY_EIGHTH,
 ) -> StrategyRun:
     """Learns the stream with a new model of these settings, with one thread.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from data_schemas.dataset import DatasetSpec
 from data_schemas.errors import ConfigError
-from pipeline.comparison.run import USUALLY, Probing, StrategyRun, run_strategy
+from pipeline.comparison.run import EVERY_EIGHTH, Probing, StrategyRun, run_strategy
 from pipeline.comparison.strategies import Strategy, refuse_unheeded, require_same_inputs
 from pipeline.comparison.stream import RecordedWindow
 from pipeline.comparison.together import run_on_processes
@@ -28,11 +28,15 @@ class Job:
     recorded_by: UpdateConfig
     """Those by which the stream was recorded."""
     seed: int
-    probing: Probing = USUALLY
+    probing: Probing = EVERY_EIGHTH
+    """How closely the loss of fixed rows is followed along its passes."""
 
 
-def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int, *, probing: Probing = USUALLY) -> list[Job]:
+def jobs_of(config: UpdateConfig, strategies: Sequence[Strategy], seeds: int, *, probing: Probing = EVERY_EIGHTH) -> list[Job]:
     """Every strategy with seeds 0 to `seeds` - 1, seed by seed, so that what slows the machine meets all strategies alike.
+
+    Args:
+        probing: of all of them.
 
     Raises:
         ConfigError: a strategy's settings are wrong, contradict each other, or would not be heeded; its name is given.

@@ -131,15 +131,15 @@ def refuse_unheeded(config: UpdateConfig) -> None:
 
 
 def require_same_inputs(kind: ModelKind, of_all: ModelKind) -> None:
-    """All strategies learn one recording, which a linear model's has no embeddings and histories in.
+    """All strategies learn one recording; that of a linear model has neither histories nor features of the time.
 
     Raises:
         ConfigError: one model of both is linear.
     """
     if kind != of_all and "linear" in (kind, of_all):
         raise ConfigError(
-            f"model.kind = {kind!r} cannot be set beside {of_all!r}: all strategies learn one recording, and a linear model's "
-            "has no embeddings and no histories; set model.kind for the whole comparison, and compare its table with another's"
+            f"model.kind = {kind!r} cannot be set beside {of_all!r}: all strategies learn one recording, and that of a "
+            "linear model has neither histories nor features of the time; set model.kind for the whole comparison"
         )
 
 

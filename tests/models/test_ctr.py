@@ -34,8 +34,9 @@ def _model(kind: Kind, *, num_dense: int = 2, linear_only: tuple[int, ...] = (),
         device=torch.device("cpu"),
         seed=seed,
     )
-    if kind == "linear":  # which begins with zeros
+    if kind == "linear":
         for piece in model.tables.slices(with_optimizer=False):
+            assert not piece.tensor.any(), "a new one predicts the same for all"
             torch.nn.init.normal_(piece.tensor)
     return model
 

@@ -259,12 +259,13 @@ def test_overload_ends_in_time_with_what_could_be_afforded(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["deadline", "goodput"])
 def test_the_seconds_of_a_short_window_are_used_to_the_end(name: str) -> None:
-    """Eight steps, of which none is kept back: what a pass plans for its last one is 3 % of that."""
+    """Eight steps, of which none is kept back; each plan is for 97 % of the seconds that are left, the last one's, too."""
     training = _training(batch_policy=name, micro_batch_size=1024, min_batch_size=1024, max_batch_size=1024)
     budget = 8 * TIME.seconds(1024)
     decisions = _decisions(batch_policy(training, fit=StepTimeFit(prior=TIME), noise=_known(3000.0)), 20_000, budget)
-    rows = sum(decision.keep_rate * round(decision.batch_size / decision.keep_rate) for decision in decisions)
-    assert 0.97 * 8 * 1024 < rows < 1.001 * 8 * 1024
+    assert [decision.batch_size for decision in decisions] == [1024] * 8
+    left = 20_000 - sum(round(1024 / decision.keep_rate) for decision in decisions[:-1])
+    assert 0.95 * 1024 < left * decisions[-1].keep_rate <= 1024, "of the rows that are left the last step has its own"
 
 
 def test_a_slow_machine_is_met_with_larger_batches() -> None:

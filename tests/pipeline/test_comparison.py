@@ -248,6 +248,12 @@ def test_the_probe_can_be_followed_more_closely(config: UpdateConfig, stream: li
     assert {point.rows: point.log_loss for point in usual}.items() <= by_rows.items()
 
 
+def test_jobs_follow_the_probe_as_closely_as_they_are_told_to(config: UpdateConfig, stream: list[RecordedWindow]) -> None:
+    jobs = jobs_of(config, [Strategy(name="small steps", overrides=("training.batch_size=16",))], 1, probing=Probing(places=0))
+    (done,) = run_jobs(jobs, SPEC, stream[:3], workers=1)
+    assert [point.place for point in done.probe] == [0, 1], "at the start of each window that is learned"
+
+
 def test_a_stream_ends_when_it_is_told_to(config: UpdateConfig, stream: list[RecordedWindow]) -> None:
     shorter = recorded_stream(config, SPEC, hours=3)
     assert [window.start for window in shorter] == [window.start for window in stream[:3]]

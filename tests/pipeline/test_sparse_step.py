@@ -183,7 +183,7 @@ def test_a_bound_that_never_binds_changes_nothing_where_every_row_has_one_id_of_
 
 
 def test_a_linear_model_steps_by_row_as_it_does_at_once(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
-    """It has no embeddings to clip; averages of nothing before and weights by themselves are what they are of."""
+    """It has no embeddings to clip; an average of gradients that forgets at once, and one beside the weights, change none."""
     spec = small_spec.linear()
     window = encode(small_examples(400), spec, Memory(spec), None, hour=0)
     at_once = _learner(spec, kind="linear")
