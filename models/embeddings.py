@@ -19,7 +19,7 @@ from torchrec.distributed.types import ShardedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
-from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from data_schemas.errors import CorruptCheckpoint
@@ -110,7 +110,7 @@ class Unfilled(TorchFunctionMode):
 
 
 class NoEmbeddings(nn.Module):
-    """Of a model without any: what is looked up has no columns."""
+    """A collection without tables, which torchrec's can neither look up in nor be spread: what is looked up has no columns."""
 
     def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
         """`[B, 0]`, which a backward pass can start from as from others."""
@@ -120,6 +120,11 @@ class NoEmbeddings(nn.Module):
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """None, as a collection would say."""
         return []
+
+    @property
+    def fused_optimizer(self) -> KeyedOptimizer:
+        """Of nothing."""
+        return CombinedOptimizer([])
 
 
 class EmbeddingTables(nn.Module):
@@ -169,10 +174,11 @@ class EmbeddingTables(nn.Module):
 
     def forward(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> Pooled:
         """Looks every id up once. Backward through the result steps the tables at once: call it once a step."""
+        in_vector = self.wide_vector is not None
         if torch.is_grad_enabled():
-            self._note_changed(deep, wide)
+            self._note_changed(deep, wide, in_vector=in_vector)
         wide_BW = in_order(*_looked_up(self.wide, wide), self.layout.wide_keys)
-        if self.wide_vector is None:
+        if not in_vector:
             wide_BW = wide_BW[:, ::WIDE_DIM]
             if wide_BW.requires_grad:  # the columns between stay without a gradient
                 wide_BW.register_hook(lambda gradient_BW: gradient_BW * WIDE_GRADIENT_FACTOR)
@@ -220,8 +226,7 @@ class EmbeddingTables(nn.Module):
 
     def set_learning_rates(self, *, sparse: float, wide: float) -> None:
         """Takes effect with the next backward pass."""
-        if self.layout.deep:
-            _set_rate(self.deep, sparse)
+        _set_rate(self.deep, sparse)
         if self.wide_vector is None:
             _set_rate(self.wide, wide / WIDE_GRADIENT_FACTOR)
         else:
@@ -275,8 +280,7 @@ class EmbeddingTables(nn.Module):
 
         Of a fused wide table that is its first column: the others are zero for good.
         """
-        if self.layout.deep:
-            yield from _fused_slices("deep", self.deep, None, with_optimizer=with_optimizer)
+        yield from _fused_slices("deep", self.deep, None, with_optimizer=with_optimizer)
         if self.wide_vector is None:
             yield from _fused_slices("wide", self.wide, 1, with_optimizer=with_optimizer)
             return
@@ -310,11 +314,11 @@ class EmbeddingTables(nn.Module):
                 filling.take(piece)
         filling.require_whole()
 
-    def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor) -> None:
+    def _note_changed(self, deep: KeyedJaggedTensor, wide: KeyedJaggedTensor, *, in_vector: bool) -> None:
         """Rows that a backward pass will step, but for those that `WideWeights` marks itself. A feature's embeddings and wide
         weights are mostly looked up alike."""
         alike = wide.values().data_ptr() == deep.values().data_ptr() and wide.keys() == deep.keys()
-        by_table = ([] if alike else [deep]) + ([wide] if self.wide_vector is None else [])
+        by_table = ([] if alike else [deep]) + ([] if in_vector else [wide])
         for ids in by_table:
             for key, rows in zip(ids.keys(), ids.values().split(ids.length_per_key()), strict=True):
                 self.changed[self.layout.table_of[key]].add(rows)
