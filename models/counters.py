@@ -15,7 +15,8 @@ import numpy.typing as npt
 from data_schemas.dataset import Counter
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import F32, I64, Examples
-from models.key_index import Bool, KeyChanges, KeyIndex, distinct, keys_over
+from models.distinct import Bool, distinct
+from models.key_index import KeyChanges, KeyIndex, keys_over
 
 F64 = npt.NDArray[np.float64]
 

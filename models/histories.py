@@ -17,7 +17,8 @@ from data_schemas.dataset import History
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import I64, U64, Examples, IdLists
 from data_schemas.hashing import MISSING
-from models.key_index import KeyChanges, KeyIndex, distinct, run_starts
+from models.distinct import distinct, run_starts
+from models.key_index import KeyChanges, KeyIndex
 
 
 @dataclass(frozen=True, kw_only=True)

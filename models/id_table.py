@@ -28,8 +28,9 @@ from data_schemas.dataset import Categorical, DatasetSpec
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import I64, U64, Examples
 from data_schemas.hashing import MISSING
+from models.distinct import run_starts
 from models.ids import table_rows
-from models.key_index import KeyIndex, as_stored, run_starts
+from models.key_index import KeyIndex, as_stored
 
 SHARED_ROW = 0
 """Of all ids that have no row of their own."""

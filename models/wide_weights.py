@@ -6,19 +6,19 @@ Fused tables look rows of at least four numbers up, each as often as it occurs, 
 of each row. Here the ids of a lookup are sorted first: memory is read and written once for each distinct one, in its own order,
 and gradients are added up and weights stepped in vectors as short as the distinct ids are many, which a cache holds.
 
-Letters: R rows of all tables, K tables, B rows of the batch, V ids looked up, N of each table, U distinct ones of all.
+Letters: R rows of all tables, K tables, B rows of the batch, V ids looked up, U distinct ones.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import embedding_bag
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from models.distinct import distinct_by_kind
 from models.tables import Table
 
 
@@ -27,7 +27,7 @@ class WideWeights(nn.Module):
     `learning_rate / (beta + sqrt(sum of g^2))` for each, g the gradient summed over the rows of a step.
 
     For tables that lie whole on a CPU; the result is deterministic. An id has to be a row of its own table: what lies beyond
-    stands for an id of another.
+    stands for an id of another, which may then be stepped for one of them alone.
     """
 
     state_R2: torch.Tensor
@@ -77,7 +77,7 @@ class WideWeights(nn.Module):
 
     def look_up(self, ids: KeyedJaggedTensor) -> "DistinctWeights":
         """Where the weights of these ids stand, and what they are now; they are marked where gradients are asked for."""
-        place_U, of_V = _distinct(self._places(ids))
+        place_U, of_V = map(torch.from_numpy, distinct_by_kind(self._places(ids).numpy()))
         if self.marks_R is not None and torch.is_grad_enabled():
             self.marks_R.index_fill_(0, place_U, True)
         return DistinctWeights(place_U=place_U, of_V=of_V, state_U2=self._at(place_U), version=self.state_R2._version)
@@ -165,26 +165,3 @@ class _LookedUp(torch.autograd.Function):
 def _some_have_none(lengths: torch.Tensor) -> bool:
     """Whether some bag has no id; where there are as many ids as bags, others have several then."""
     return len(lengths) > 0 and int(lengths.min()) == 0
-
-
-def _distinct(places_KN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each place once, rising, and which of them each is. Numbers of place and position together are sorted, which is quicker
-    than to sort places and remember where they stood.
-
-    >>> _distinct(torch.tensor([[7, 3, 7], [9, 8, 8]]))
-    (tensor([3, 7, 8, 9]), tensor([1, 0, 1, 3, 2, 2]))
-
-    Args:
-        places_KN: all of a row are below all of the next; `of_V` is row after row.
-    """
-    num_keys, count = places_KN.shape
-    bits = count.bit_length()
-    both_KN = np.sort((places_KN.numpy() << bits) | np.arange(count), axis=1)
-    position_V = ((both_KN & ((1 << bits) - 1)) + count * np.arange(num_keys)[:, None]).reshape(-1)
-    both_KN >>= bits
-    sorted_V = both_KN.reshape(-1)
-    begins_V = np.ones(len(sorted_V), np.bool_)
-    np.not_equal(sorted_V[1:], sorted_V[:-1], out=begins_V[1:])
-    of_V = np.empty(len(sorted_V), np.int64)
-    of_V[position_V] = np.cumsum(begins_V) - 1
-    return torch.from_numpy(sorted_V.take(np.flatnonzero(begins_V))), torch.from_numpy(of_V)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from data_schemas.errors import SpecMismatch
 from data_schemas.examples import Examples
 from data_schemas.hashing import MISSING, combine_hashes, mix64, rows_of
-from models.key_index import WAYS, KeyChanges, KeyIndex, distinct, keys_over
+from models.distinct import distinct
+from models.key_index import WAYS, KeyChanges, KeyIndex, keys_over
 
 
 def as_keys(values: list[int]) -> np.ndarray:
@@ -188,13 +189,6 @@ def test_a_key_over_several_features_is_missing_where_one_of_them_is() -> None:
     np.testing.assert_array_equal(keys_over(examples, ["a", "b"]), [pair[0], 0, 0, pair[3]])
     np.testing.assert_array_equal(keys_over(examples, ["a", "b", "c"]), [combine_hashes(pair, ids["c"])[0], 0, 0, 0])
     assert ids["a"].tolist() == [1, 2, 0, 4]
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(keys=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=40))
-def test_distinct_keys_are_those_of_numpy(keys: list[int]) -> None:
-    for own, known in zip(distinct(as_keys(keys)), np.unique(as_keys(keys), return_inverse=True), strict=True):
-        np.testing.assert_array_equal(own, known)
 
 
 @pytest.mark.parametrize("keys", [[5, 5], [6, 5]])

@@ -9,7 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from models.embeddings import EmbeddingTables, Unfilled, fused_wide_tables
 from models.tables import Table, TableLayout
-from models.wide_weights import WideWeights, _distinct
+from models.wide_weights import WideWeights
 
 ROWS = {"user": 11, "item": 5, "user x item": 40}
 TABLES = tuple(Table(name=name, rows=rows, dim=1, lookups=(name,)) for name, rows in ROWS.items())
@@ -64,17 +64,6 @@ def test_lookups_and_steps_equal_those_of_torch(seed: int, size: int, longest: i
             weight = expected[name].weight
             torch.testing.assert_close(weight_R1, weight.detach(), rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(squares_R1, optimizer.state[weight]["sum"], rtol=1e-4, atol=1e-6)
-
-
-@given(
-    places=st.lists(st.integers(0, 2**40 - 1) | st.integers(0, 3), max_size=40), keys=st.integers(1, 3), seed=st.integers(0, 9)
-)
-def test_distinct_places_are_those_of_torch(places: list[int], keys: int, seed: int) -> None:
-    places_N = torch.tensor(places, dtype=torch.long)
-    shuffled = [places_N[torch.from_numpy(np.random.default_rng([seed, key]).permutation(len(places)))] for key in range(keys)]
-    places_KN = torch.stack([own + (key << 40) for key, own in enumerate(shuffled)])
-    for own, known in zip(_distinct(places_KN), torch.unique(places_KN.view(-1), return_inverse=True), strict=True):
-        assert torch.equal(own, known)
 
 
 @pytest.mark.parametrize("longest", [1, 3])
