@@ -74,6 +74,14 @@ def _pass(learner: Learner, window: EncodedWindow, seed: int = 1) -> None:
     learn(learner, window, seed=[seed], policy=FixedBatch(batch_size=64, learning_rate=0.01))
 
 
+def _assert_learned_alike(first: Learner, second: Learner, start: dict[str, torch.Tensor]) -> None:
+    """Both have the same tables, each of which is another than at the start."""
+    others = _tables(first)
+    for name, tensor in _tables(second).items():
+        assert not torch.equal(tensor, start[name])
+        torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
+
+
 def _dense_gradients(learner: Learner, window: EncodedWindow, rows: np.ndarray) -> dict[str, torch.Tensor]:
     """Of whole tables, by torch's own embedding bags, for the mean loss of these rows."""
     batch, layout = window.minibatch(rows), learner.model.layout
@@ -160,10 +168,7 @@ def test_a_bound_that_never_binds_changes_nothing(
     _pass(fused, window)
     _pass(by_row, window)
     assert by_row.sparse_step.rows_clipped == 0
-    others = _tables(by_row)
-    for name, tensor in _tables(fused).items():
-        assert not torch.equal(tensor, start[name])
-        torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
+    _assert_learned_alike(by_row, fused, start)
 
 
 def test_a_bound_that_never_binds_changes_nothing_where_every_row_has_one_id_of_each_feature(
@@ -175,11 +180,10 @@ def test_a_bound_that_never_binds_changes_nothing_where_every_row_has_one_id_of_
     assert not table_layout(spec).weighted
     window = encode(small_examples(400), spec, Memory(spec), None, hour=0)
     fused, by_row = _learner(spec), _learner(spec, cowclip=True, cowclip_least=1e9)
+    start = _tables(fused)
     _pass(fused, window)
     _pass(by_row, window)
-    others = _tables(by_row)
-    for name, tensor in _tables(fused).items():
-        torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
+    _assert_learned_alike(by_row, fused, start)
 
 
 def test_a_linear_model_steps_by_row_as_it_does_at_once(small_spec: DatasetSpec, small_examples: MakeExamples) -> None:
@@ -193,10 +197,7 @@ def test_a_linear_model_steps_by_row_as_it_does_at_once(small_spec: DatasetSpec,
         by_row = _learner(spec, kind="linear", **settings)
         _pass(by_row, window)
         assert by_row.sparse_step.rows_stepped == 0
-        others = _tables(by_row)
-        for name, tensor in _tables(at_once).items():
-            assert not torch.equal(tensor, start[name])
-            torch.testing.assert_close(others[name], tensor, atol=1e-4, rtol=1e-3)
+        _assert_learned_alike(by_row, at_once, start)
 
 
 def test_an_id_seen_more_often_may_have_a_longer_gradient() -> None:
